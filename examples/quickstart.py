@@ -1,0 +1,206 @@
+"""Compares learning rates set from mutual information with a constant rate.
+
+Trains the same network from the same seeds with a constant rate, with
+ReduceLROnPlateau and with each policy of MutualInformationLR; prints one table and
+writes a figure.
+
+    python examples/quickstart.py
+    python examples/quickstart.py --dataset fashion_mnist --epochs 8 --seeds 1
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import keras_milr
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=["digits", "mnist", "fashion_mnist"],
+        default="digits",
+        help="digits ships with scikit-learn; Keras downloads the others",
+    )
+    parser.add_argument("--model", choices=["auto", "mlp", "cnn"], default="auto")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=None, help="32, or 128 (cnn)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--seeds", type=int, default=3, help="number of repetitions")
+    parser.add_argument("--output", type=Path, default=None, help="figure to write")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        arguments.output = Path("results") / f"quickstart-{arguments.dataset}.png"
+    if arguments.model == "auto":
+        arguments.model = "mlp" if arguments.dataset == "digits" else "cnn"
+    if arguments.batch_size is None:
+        arguments.batch_size = 32 if arguments.model == "mlp" else 128
+    return arguments
+
+
+def load(name):
+    """Training, validation and test data: (x, y) each, images in [0, 1]."""
+    if name == "digits":
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
+        rest, *test = split(images, labels, 0.2)
+        return (*split(*rest, 0.25), tuple(test))
+    (x, y), (x_test, y_test) = getattr(keras.datasets, name).load_data()
+    x, x_test = (a[..., None].astype("float32") / 255 for a in (x, x_test))
+    return (*split(x, y, 0.1), (x_test, y_test))
+
+
+def split(x, y, share):
+    x, x_held, y, y_held = train_test_split(
+        x, y, test_size=share, stratify=y, random_state=0
+    )
+    return (x, y), (x_held, y_held)
+
+
+def build_model(kind, input_shape, arguments):
+    layers = [keras.Input(input_shape)]
+    if kind == "cnn":
+        for filters in (32, 64):
+            layers.append(keras.layers.Conv2D(filters, 3, activation="relu"))
+            layers.append(keras.layers.MaxPooling2D())
+    layers.append(keras.layers.Flatten())
+    layers.append(keras.layers.Dense(128, activation="relu"))
+    layers.append(keras.layers.Dense(10, activation="softmax"))
+    model = keras.Sequential(layers)
+    optimizer = keras.optimizers.get(arguments.optimizer)
+    optimizer.learning_rate = arguments.learning_rate
+    model.compile(
+        optimizer=optimizer,
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy", keras_milr.MutualInformation()],
+    )
+    return model
+
+
+def methods(train):
+    """What sets the learning rate, by name: fresh callbacks for one run."""
+    return {
+        "constant": lambda: None,
+        "ReduceLROnPlateau": lambda: keras.callbacks.ReduceLROnPlateau(
+            factor=0.5, patience=3
+        ),
+        "MI, relative": lambda: keras_milr.MutualInformationLR(
+            "relative", probe_data=train
+        ),
+        "MI, reference": lambda: keras_milr.MutualInformationLR(
+            "reference", probe_data=train
+        ),
+    }
+
+
+def run(method, seed, data, arguments, progress):
+    train, validation, test = data
+    keras.utils.set_random_seed(seed)
+    model = build_model(arguments.model, train[0].shape[1:], arguments)
+    callback = method()
+    started = time.perf_counter()
+    history = model.fit(
+        *train,
+        batch_size=arguments.batch_size,
+        epochs=arguments.epochs,
+        validation_data=validation,
+        callbacks=[progress] if callback is None else [callback, progress],
+        verbose=0,
+    )
+    seconds = time.perf_counter() - started
+    scores = model.evaluate(*test, verbose=0, return_dict=True)
+    constant = [arguments.learning_rate] * arguments.epochs
+    return {
+        "accuracy": scores["accuracy"],
+        "best_epoch": int(np.argmax(history.history["val_accuracy"])) + 1,
+        "seconds": seconds,
+        "information": scores["mutual_information"],
+        "curve": history.history["val_mutual_information"],
+        "rates": history.history.get("learning_rate", constant),
+    }
+
+
+def print_table(results):
+    print(
+        f"\n{'learning rate':<18} {'test accuracy':>16} {'best epoch':>11} "
+        f"{'seconds':>8} {'test MI (nats)':>15}"
+    )
+    for name, runs in results.items():
+        mean = {k: np.mean([r[k] for r in runs]) for k in runs[0] if k != "name"}
+        spread = np.std([r["accuracy"] for r in runs], ddof=min(1, len(runs) - 1))
+        print(
+            f"{name:<18} {mean['accuracy']:>9.4f} ±{spread:.4f} "
+            f"{mean['best_epoch']:>11.1f} {mean['seconds']:>8.1f} "
+            f"{mean['information']:>15.3f}"
+        )
+
+
+def write_figure(results, entropy, arguments):
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 3.8), layout="constrained"
+    )
+    for name, runs in results.items():
+        epochs = np.arange(1, len(runs[0]["curve"]) + 1)
+        curves = np.array([r["curve"] for r in runs])
+        (line,) = left.plot(epochs, curves.mean(axis=0), label=name)
+        left.fill_between(
+            epochs, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15
+        )
+        for r in runs:
+            right.step(
+                epochs, r["rates"], color=line.get_color(), where="mid", alpha=0.8
+            )
+    left.axhline(entropy, color="k", ls="--", lw=1, label="H(Y)")
+    left.set(xlabel="epoch", ylabel="validation MI (nats)")
+    left.legend(frameon=False)
+    right.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{arguments.dataset}, {arguments.model}, {arguments.optimizer}, "
+        f"{arguments.seeds} seed(s)"
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.output, dpi=120)
+    print(f"\nFigure: {arguments.output}")
+
+
+def main():
+    arguments = parse_arguments()
+    data = load(arguments.dataset)
+    print(
+        f"{arguments.dataset}: {len(data[0][0])} training, {len(data[1][0])} validation, "
+        f"{len(data[2][0])} test samples; {arguments.model}, {arguments.optimizer} at "
+        f"{arguments.learning_rate:g}, {arguments.epochs} epochs, {arguments.seeds} seed(s)"
+    )
+    named = methods(data[0])
+    bar = keras.utils.Progbar(
+        len(named) * arguments.seeds * arguments.epochs, unit_name="epoch"
+    )
+    progress = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: bar.add(1)
+    )
+    results = {name: [] for name in named}
+    for seed in range(arguments.seeds):  # Interleaved, so that times compare.
+        for name, method in named.items():
+            results[name].append(run(method, seed, data, arguments, progress))
+    print_table(results)
+    entropy = keras_milr.information.entropy(np.bincount(data[1][1]))
+    write_figure(results, float(entropy), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""How a measurement is compiled on TensorFlow."""
+
+import tensorflow as tf
+
+
+def is_symbolic(x):
+    # While a graph is built, not even an eager tensor can be turned into an array.
+    return not tf.executing_eagerly() or tf.is_symbolic_tensor(x)
+
+
+def compile_step(model, step):
+    def forward(x):
+        # Stateless, so that even a layer which draws random numbers or updates
+        # statistics at inference leaves no trace. The variables are read in the
+        # graph: a later call sees their later values.
+        outputs, _ = model.stateless_call(
+            [v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            x,
+            training=False,
+        )
+        return outputs
+
+    def run(*args):
+        return step(forward, *args)
+
+    if model.run_eagerly:  # The user's code may not be traceable.
+        return run
+    return tf.function(run, jit_compile=model.jit_compile)

@@ -1,0 +1,437 @@
+"""The callback that sets the learning rate from mutual information."""
+
+import math
+import numbers
+import warnings
+
+import keras
+import numpy as np
+from absl import logging
+
+from keras_milr import policies, probe, readouts
+from keras_milr.metrics import MetricTable
+
+
+@keras.saving.register_keras_serializable(package="keras_milr")
+class MutualInformationLR(keras.callbacks.Callback):
+    """Sets the learning rate from the mutual information of outputs and labels.
+
+    After every epoch (or every `update_freq` batches) the callback measures how much
+    the network's output says about the labels, in nats, and a policy sets the learning
+    rate from that. It measures on a fixed sample of `probe_data`, in one compiled pass
+    that leaves the model as it is. Without `probe_data` it uses the table of the
+    `MutualInformation` metric that the model is compiled with.
+
+    Two lower bounds of the information are measured in the same pass: the counted
+    mutual information of (prediction, label), and H(Y) − CE. The larger one is what the
+    policy sees.
+
+    It adds to the logs of each epoch `learning_rate`, the rate that the epoch was
+    trained with, and from a probe `probe_mutual_information` (counted, corrected for
+    bias) and `probe_information` (what the policy sees), both after the epoch. Callbacks
+    that use these keys must stand later in the list, and
+    `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
+
+    Example:
+
+    ```python
+    callback = keras_milr.MutualInformationLR(probe_data=(x_train, y_train))
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x_train, y_train, epochs=20, callbacks=[callback])
+    keras_milr.plot_history(callback).savefig("history.png")
+    ```
+
+    Args:
+        policy: How a reading becomes the next rate. `"reference"`, `"relative"`, a
+            policy of `keras_milr.policies`, or any callable `policy(reading) -> rate`
+            of a `keras_milr.policies.Reading`; its result is clipped to the bounds.
+            A callable must be a pure function of the reading: it is called once
+            before training, to check its result. Defaults to `"reference"`.
+        probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
+            iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
+            generator). The training data are a good choice. Defaults to `None`: use
+            the metric.
+        probe_size: Integer, size of the class-stratified sample that is drawn once
+            from `probe_data` and reused for every reading; at least 2 per class. All
+            data are used where there are fewer. Defaults to `2048`.
+        readout: `"auto"` or a `keras_milr.readouts.Predictions`. `"auto"` takes
+            `from_logits` from the compiled loss. Defaults to `"auto"`.
+        learning_rate: Float, the rate to start with. Defaults to `None`: keep the
+            optimizer's.
+        min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
+        max_lr: Float, upper bound of the rate. Defaults to `None`: ten times the rate
+            at the start.
+        reference: What the information is measured against. Float in nats, or a
+            callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
+            entropy of the labels.
+        update_freq: `"epoch"`, or an integer number of batches from one reading to the
+            next. Defaults to `"epoch"`.
+        monitor: Without `probe_data`, the log key of the metric to use. Defaults to
+            `None`: the metric on the validation data where the first epoch has
+            some, else on the training data.
+        seed: Integer seed of the sample. Defaults to `0`.
+        verbose: Integer. 0: quiet, 1: update messages. Defaults to `0`.
+
+    Attributes:
+        history: List of dicts, one for each reading, JSON-serialisable: `epoch` and
+            `batch` (batches of that epoch trained by then), all fields of
+            `policies.Reading` and of `readouts.Information`. With a probe the first is
+            from before the training (`step` 0).
+
+    Raises:
+        ValueError: for arguments out of range, and before the first batch for anything
+            that would fail later: neither probe nor metric, data that cannot be
+            measured, an optimizer whose rate cannot be set, a policy that does not
+            return finite rates.
+        TypeError: for arguments of a wrong type.
+
+    Reference:
+
+    - [Vasudevan, 2018](https://arxiv.org/abs/1805.07249)
+    - [Vasudevan, 2020](https://doi.org/10.3390/e22050560)
+    """
+
+    def __init__(
+        self,
+        policy="reference",
+        probe_data=None,
+        probe_size=2048,
+        readout="auto",
+        learning_rate=None,
+        min_lr=1e-6,
+        max_lr=None,
+        reference=None,
+        update_freq="epoch",
+        monitor=None,
+        seed=0,
+        verbose=0,
+    ):
+        super().__init__()
+        _check_integer("probe_size", probe_size, 2)
+        if update_freq != "epoch":
+            _check_integer("update_freq", update_freq, 1, or_else="'epoch'")
+        _check_number("min_lr", min_lr, allow_zero=True)
+        for name, value in (("max_lr", max_lr), ("learning_rate", learning_rate)):
+            if value is not None:
+                _check_number(name, value)
+        if max_lr is not None and min_lr > max_lr:
+            raise ValueError(
+                "Argument `min_lr` must not be above `max_lr`. "
+                f"Received: min_lr={min_lr}, max_lr={max_lr}"
+            )
+        if reference is not None and not callable(reference):
+            _check_number("reference", reference)
+        if readout != "auto" and not isinstance(readout, readouts.Predictions):
+            raise TypeError(
+                "Argument `readout` must be 'auto' or a readouts.Predictions. "
+                f"Received: readout={readout!r}"
+            )
+        if monitor is not None and probe_data is not None:
+            raise ValueError(
+                "Arguments `monitor` and `probe_data` exclude each other: one names a "
+                "metric, the other replaces it. "
+                f"Received both, with monitor={monitor!r}"
+            )
+        self.policy = policy
+        self.probe_data = probe_data
+        self.probe_size = probe_size
+        self.readout = readout
+        self.learning_rate = learning_rate
+        self.min_lr = min_lr
+        self.max_lr = max_lr
+        self.reference = reference
+        self.update_freq = update_freq
+        self.monitor = monitor
+        self.seed = seed
+        self.verbose = verbose
+        self.history = []
+        # Keras may call batch hooks from another thread unless told otherwise. With
+        # readings after epochs ours only keeps count; in batches, order matters.
+        self.async_safe = update_freq == "epoch"
+        self._policy = policies.get(policy)
+        self._sample = None
+        self._source = None
+
+    def on_train_begin(self, logs=None):
+        self.history = []
+        self._started = False
+        rate = _settable_rate(self.model)
+        if self.learning_rate is not None:
+            rate = self._set_rate(self.learning_rate)
+        self._check_bounds(rate)
+        if self.probe_data is None:
+            self._source = MetricTable(self.model, self.monitor)
+        else:
+            self._source = self._make_probe()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+        self._batch = 0
+        if isinstance(self._source, MetricTable):
+            self._source.begin_epoch()
+        # Not in `on_train_begin`: a callback after this one may restore a backup there.
+        if not self._started:
+            self._started = True
+            self._start(epoch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        # `batch` is the last of several with `steps_per_execution`.
+        self._since_reading += batch + 1 - self._batch
+        self._batch = batch + 1
+        if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
+            self._since_reading = 0
+            self._update()
+
+    def on_test_begin(self, logs=None):
+        if isinstance(self._source, MetricTable):
+            self._source.begin_validation()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = {} if logs is None else logs
+        logs["learning_rate"] = self._rate()
+        if self.update_freq == "epoch":
+            self._update(epoch_ended=True)
+        if isinstance(self._source, probe.Probe):
+            logs["probe_mutual_information"] = self._last.value
+            logs["probe_information"] = self._last.accessible
+
+    def on_train_end(self, logs=None):
+        self._source = None  # Frees the probe's memory on the device.
+
+    def _start(self, epoch):
+        """Takes the first reading and tries the policy on it."""
+        rate = self._rate()
+        self._check_bounds(rate)
+        self._ceiling = 10.0 * rate if self.max_lr is None else self.max_lr
+        self._start_rate = self._peak_rate = rate
+        self._step = 0
+        self._steps = self._planned_steps(epoch)
+        self._since_reading = 0
+        # Without a probe nothing is known yet, and stands at nothing known.
+        self._previous = self._best = 0.0
+        if isinstance(self._source, probe.Probe):
+            info = self._source.measure()
+            self._check_first(info)
+            self._previous = self._best = info.accessible
+        else:
+            info = readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)
+        reading = self._read(info)
+        if isinstance(self._source, probe.Probe):
+            self._record(reading, info)
+        # A fault of the policy shows now and not after an epoch.
+        self._next_rate(reading)
+
+    def _update(self, epoch_ended=False):
+        """Takes a reading and sets the next rate."""
+        if isinstance(self._source, MetricTable):
+            info = self._source.measure(epoch_ended)
+            if info is None:  # An epoch without validation.
+                return
+        else:
+            info = self._source.measure()
+        self._step += 1
+        reading = self._read(info)
+        self._record(reading, info)
+        rate = self._next_rate(reading)
+        self._previous, self._best = info.accessible, float(reading.best[0])
+        if np.float32(rate) != np.float32(reading.rate[0]):
+            self._set_rate(rate)
+            if self.verbose > 0:
+                _print(
+                    f"\nEpoch {self._epoch + 1}: MutualInformationLR setting learning "
+                    f"rate to {rate}."
+                )
+
+    def _read(self, info) -> policies.Reading:
+        self._last = info
+        rate = self._rate()
+        self._peak_rate = max(self._peak_rate, rate)
+        information = info.accessible
+        numbers = (
+            rate,
+            self._start_rate,
+            self._peak_rate,
+            information,
+            self._previous,
+            max(self._best, information),
+            self._reference_of(info),
+            info.accessible_stderr,
+        )
+        return policies.Reading(
+            *(np.array([number], "float64") for number in numbers),
+            step=self._step,
+            steps=self._steps,
+            rollbacks=0,
+        )
+
+    def _record(self, reading, info):
+        fields = {
+            name: float(value[0]) if isinstance(value, np.ndarray) else value
+            for name, value in reading._asdict().items()
+        }
+        record = {"epoch": self._epoch, "batch": self._batch}
+        self.history.append(record | fields | info._asdict())
+
+    def _next_rate(self, reading) -> float:
+        result = self._policy(reading)
+        try:
+            rates = np.asarray(result, "float64")
+        except (TypeError, ValueError):
+            rates = None
+        if rates is None or rates.shape not in ((), reading.rate.shape):
+            what = repr(result) if rates is None else f"an array of shape {rates.shape}"
+            raise ValueError(
+                "Argument `policy` must return a rate, or an array of the shape of "
+                f"`reading.rate`, {reading.rate.shape}. Received: {what}"
+            )
+        rate = float(rates.reshape(-1)[0])
+        if not math.isfinite(rate) or rate < 0:
+            raise ValueError(
+                "Argument `policy` must return finite rates that are not negative. "
+                f"Received: {rate} for {reading}"
+            )
+        return min(max(rate, self.min_lr), self._ceiling)
+
+    def _reference_of(self, info) -> float:
+        if self.reference is None:
+            return info.entropy
+        if not callable(self.reference):
+            return float(self.reference)
+        reference = float(self.reference(info))
+        if not math.isfinite(reference) or reference <= 0:
+            raise ValueError(
+                "Argument `reference` must return a positive number of nats. "
+                f"Received: {reference}"
+            )
+        return reference
+
+    def _make_probe(self):
+        model = self.model
+        units = None if self._sample is None else self._sample.num_units
+        if self._sample is None or units != probe.num_output_units(
+            model, self._sample.x
+        ):
+            self._sample = probe.draw_sample(
+                self.probe_data, model, self.probe_size, self.seed
+            )
+        readout = self.readout
+        if readout == "auto":
+            readout = probe.output_readout(model)
+        return probe.Probe(model, self._sample, readout)
+
+    def _check_first(self, info):
+        if not math.isnan(info.bound):
+            return
+        if self._sample.num_units == 1:
+            raise ValueError(
+                "The model's single output has values outside [0, 1], so 0.5 cannot be "
+                "the threshold between the classes. If it is a logit, compile with "
+                "`BinaryCrossentropy(from_logits=True)` or pass "
+                "`readout=keras_milr.readouts.Predictions(from_logits=True)`."
+            )
+        warnings.warn(
+            "MutualInformationLR: the model's outputs are not probabilities, and its "
+            "loss does not say that they are logits. H(Y) − CE cannot be measured, and "
+            "the counted mutual information alone sets the rate. If they are logits, "
+            "pass `readout=keras_milr.readouts.Predictions(from_logits=True)`.",
+            stacklevel=2,
+        )
+
+    def _check_bounds(self, rate):
+        low, high = np.float32(self.min_lr), self.max_lr
+        if rate < low or (high is not None and rate > np.float32(high)):
+            raise ValueError(
+                "The learning rate at the start must lie between `min_lr` and "
+                f"`max_lr`. Received: learning rate {rate}, min_lr={self.min_lr}, "
+                f"max_lr={self.max_lr}"
+            )
+
+    def _planned_steps(self, epoch):
+        epochs, batches = self.params.get("epochs"), self.params.get("steps")
+        if epochs is None or (batches is None and self.update_freq != "epoch"):
+            return None
+        if self.update_freq == "epoch":
+            return epochs - epoch
+        return (epochs - epoch) * batches // self.update_freq
+
+    def _rate(self) -> float:
+        return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+    def _set_rate(self, rate) -> float:
+        self.model.optimizer.learning_rate = rate
+        return self._rate()
+
+    # ------------------------------------------------------------ serialisation
+
+    def get_config(self):
+        """The constructor's arguments, except `probe_data`, which is no setting."""
+        names = ("probe_size", "learning_rate", "min_lr", "max_lr")
+        names += ("update_freq", "monitor", "seed", "verbose")
+        objects = ("policy", "readout", "reference")
+        serialize = keras.saving.serialize_keras_object
+        return {name: getattr(self, name) for name in names} | {
+            name: serialize(getattr(self, name)) for name in objects
+        }
+
+    @classmethod
+    def from_config(cls, config, probe_data=None):
+        objects = ("policy", "readout", "reference")
+        deserialize = keras.saving.deserialize_keras_object
+        arguments = config | {name: deserialize(config[name]) for name in objects}
+        return cls(probe_data=probe_data, **arguments)
+
+
+def _settable_rate(model) -> float:
+    """The optimizer's learning rate; ValueError where it cannot be set."""
+    optimizer = model.optimizer
+    try:
+        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        optimizer.learning_rate = rate
+    except TypeError as error:
+        raise ValueError(
+            "MutualInformationLR sets the learning rate, and cannot where the optimizer "
+            "has a LearningRateSchedule. Compile with a number instead, such as "
+            "`keras.optimizers.Adam(learning_rate=1e-3)`, or leave the callback out. "
+            f"Received: {type(optimizer).__name__} with a schedule"
+        ) from error
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            "MutualInformationLR needs an optimizer with one learning rate that can be "
+            f"set. Received: {type(optimizer).__name__}"
+        ) from error
+    return rate
+
+
+def _print(message):
+    """As Keras prints the messages of its callbacks."""
+    if keras.config.is_interactive_logging_enabled():
+        print(message, flush=True)
+    else:
+        logging.info(message)
+
+
+def _check_number(name, value, allow_zero=False):
+    expected = "a finite number, " + ("at least 0" if allow_zero else "above 0")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"Argument `{name}` must be {expected}. "
+            f"Received: {name}={value!r} of type {type(value).__name__}"
+        )
+    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
+        raise ValueError(
+            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
+        )
+
+
+def _check_integer(name, value, lowest, or_else=None):
+    expected = f"an integer, at least {lowest}" + (f", or {or_else}" if or_else else "")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        kind = ValueError if isinstance(value, (str, float)) else TypeError
+        raise kind(
+            f"Argument `{name}` must be {expected}. "
+            f"Received: {name}={value!r} of type {type(value).__name__}"
+        )
+    if value < lowest:
+        raise ValueError(
+            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
+        )

@@ -1,0 +1,311 @@
+"""Entropy and mutual information of tables of counts, in nats.
+
+Counts are whole numbers of samples, or sums of sample weights. A function here
+takes NumPy arrays and tensors alike. Whatever has a value is checked, computed in
+float64 with NumPy and returned as NumPy; a tensor inside a trace (a `tf.function`)
+is computed in float32 where it is, and bad values give NaN instead of an error.
+"""
+
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from scipy.special import digamma
+
+from keras_milr.backend import is_symbolic
+
+Array = Any  # an array or a tensor of any backend
+Correction = Literal["miller_madow", "grassberger"] | None
+
+_CORRECTIONS = (None, "miller_madow", "grassberger")
+_TINY = 1e-30  # stands in for the size of an empty table
+
+
+def contingency(
+    a: Array,
+    b: Array,
+    num_a: int,
+    num_b: int,
+    sample_weight: Array | None = None,
+) -> Array:
+    """Counts how often each pair of ids occurs.
+
+    Args:
+        a: Integer ids in `[0, num_a)`, shape `(n,)`.
+        b: Integer ids in `[0, num_b)`, shape `(n,)`.
+        num_a: Number of rows of the table.
+        num_b: Number of columns of the table.
+        sample_weight: Optional weights `>= 0`, shape `(n,)`. A sample of weight 2
+            counts as two samples.
+
+    Returns:
+        The table, shape `(num_a, num_b)`: float64 NumPy, or a float32 tensor when
+        an argument is a tensor inside a trace. Float32 counts are exact below 2^24.
+
+    Raises:
+        ValueError: for ids out of range, shapes that differ, and weights that are
+            negative or not finite. In a trace such a sample is left out instead.
+    """
+    if any(_in_trace(v) for v in (a, b, sample_weight)):
+        return _contingency_in_trace(a, b, num_a, num_b, sample_weight)
+    a, b = _ids(a, num_a, "a"), _ids(b, num_b, "b")
+    if a.shape != b.shape:
+        raise ValueError(
+            "Arguments `a` and `b` must have the same length. "
+            f"Received: a.shape={a.shape}, b.shape={b.shape}"
+        )
+    if sample_weight is not None:
+        sample_weight = _nonnegative(sample_weight, "sample_weight")
+        if sample_weight.shape != a.shape:
+            raise ValueError(
+                "Argument `sample_weight` must have the shape of `a`. Received: "
+                f"sample_weight.shape={sample_weight.shape}, a.shape={a.shape}"
+            )
+    cells = np.bincount(a * num_b + b, sample_weight, minlength=num_a * num_b)
+    return cells.astype("float64").reshape(num_a, num_b)
+
+
+def _contingency_in_trace(a, b, num_a, num_b, sample_weight):
+    # A segment sum, not `bincount`: XLA compiles it once, whatever the data, and
+    # unlike a matrix product it is exact for weights at any matmul precision.
+    ops = keras.ops
+    a, b = ops.cast(a, "int32"), ops.cast(b, "int32")
+    inside = (a >= 0) & (a < num_a) & (b >= 0) & (b < num_b)
+    if sample_weight is None:
+        weight = ops.cast(inside, "float32")
+    else:
+        weight = ops.cast(sample_weight, "float32")
+        inside = inside & (weight >= 0) & ops.isfinite(weight)
+        weight = ops.where(inside, weight, 0.0)
+    cells = ops.where(inside, a * num_b + b, 0)
+    counts = ops.segment_sum(weight, cells, num_segments=num_a * num_b)
+    return ops.reshape(counts, (num_a, num_b))
+
+
+def entropy(counts: Array, correction: Correction = None) -> Array:
+    """Entropy of the distribution that each vector of counts was drawn from.
+
+    Args:
+        counts: Counts `>= 0`, shape `(..., K)`.
+        correction: None for the plug-in estimate (biased downward), or
+            `"miller_madow"` or `"grassberger"`; see `mutual_information`.
+
+    Returns:
+        Nats, shape `(...)`. An empty vector of counts has entropy 0.
+
+    Raises:
+        ValueError: for negative or non-finite counts.
+    """
+    xp, counts, valid = _prepare(counts, 1, correction)
+    return xp.where(valid, _entropy(xp, counts, correction), np.nan)
+
+
+def mutual_information(counts: Array, correction: Correction = None) -> Array:
+    """Mutual information of the rows and the columns of each table of counts.
+
+    Args:
+        counts: Counts `>= 0`, shape `(..., R, S)`. Rows and columns may be empty.
+        correction: How the bias of a finite sample is corrected.
+            None: not at all. The plug-in estimate, which is
+            `sklearn.metrics.mutual_info_score`, lies about
+            `(R - 1)(S - 1) / 2n` nats too high.
+            `"miller_madow"`: each entropy is raised by (occupied cells - 1) / 2n
+            (Miller 1955).
+            `"grassberger"`: `log` is replaced by a function of digammas
+            (Grassberger 2003, arXiv:physics/0307138); for whole counts only.
+
+    Returns:
+        Nats, shape `(...)`, between 0 and the smaller of the two marginal (plug-in)
+        entropies. An empty table has 0.
+
+    Raises:
+        ValueError: for negative or non-finite counts, an unknown `correction`, and
+            for `"grassberger"` with fractional counts or inside a trace.
+    """
+    xp, counts, valid = _prepare(counts, 2, correction)
+    rows, columns = xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
+    ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
+    if correction is None:
+        # As a sum of log ratios: in float32 the difference of entropies loses
+        # digits where the information is small.
+        total = xp.sum(rows, axis=-1)[..., None, None]
+        information = xp.sum(counts * _log_ratio(xp, counts), axis=(-2, -1))
+        information = information / xp.maximum(total[..., 0, 0], _TINY)
+    else:
+        shape = counts.shape
+        joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
+        information = (
+            _entropy(xp, rows, correction)
+            + _entropy(xp, columns, correction)
+            - _entropy(xp, joint, correction)
+        )
+    information = xp.minimum(xp.maximum(information, 0.0), ceiling)
+    return xp.where(valid, information, np.nan)
+
+
+def null_level(counts: Array) -> Array:
+    """Plug-in mutual information to expect when rows and columns are independent.
+
+    Under independence `2 n I` follows about a chi-squared distribution with
+    (occupied rows - 1)(occupied columns - 1) degrees of freedom (Wilks); this is its
+    mean. Reliable while there are five samples or more to a cell; with fewer it is
+    too high, and it is capped where the information itself is.
+
+    Args:
+        counts: Counts `>= 0`, shape `(..., R, S)`.
+
+    Returns:
+        Nats, shape `(...)`.
+
+    Raises:
+        ValueError: for negative or non-finite counts.
+    """
+    xp, counts, valid = _prepare(counts, 2, None)
+    rows, columns = xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
+    freedom = xp.maximum(_occupied(xp, rows) - 1.0, 0.0) * xp.maximum(
+        _occupied(xp, columns) - 1.0, 0.0
+    )
+    null = freedom / (2.0 * xp.maximum(xp.sum(rows, axis=-1), _TINY))
+    ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
+    return xp.where(valid, xp.minimum(null, ceiling), np.nan)
+
+
+def standard_error(counts: Array) -> Array:
+    """Standard error of the plug-in mutual information, by the delta method.
+
+    The standard deviation over samples of log(p(a, b) / p(a)p(b)), divided by the
+    square root of their number. It is the error of one reading: two readings of
+    the same samples differ by less than their errors suggest.
+
+    Args:
+        counts: Counts `>= 0`, shape `(..., R, S)`.
+
+    Returns:
+        Nats, shape `(...)`. An empty table has 0.
+
+    Raises:
+        ValueError: for negative or non-finite counts.
+    """
+    xp, counts, valid = _prepare(counts, 2, None)
+    total = xp.maximum(xp.sum(counts, axis=(-2, -1)), _TINY)
+    ratio = _log_ratio(xp, counts)
+    mean = xp.sum(counts * ratio, axis=(-2, -1)) / total
+    spread = xp.sum(counts * (ratio - mean[..., None, None]) ** 2, axis=(-2, -1))
+    return xp.where(valid, xp.sqrt(spread) / total, np.nan)
+
+
+def _log_ratio(xp, counts):
+    """log(p(a, b) / p(a)p(b)) of each cell, 0 where the cell is empty."""
+    rows = xp.sum(counts, axis=-1, keepdims=True)
+    columns = xp.sum(counts, axis=-2, keepdims=True)
+    total = xp.sum(rows, axis=-2, keepdims=True)
+    # As a difference of logarithms: a product of counts may overflow.
+    return _log(xp, counts) + xp.where(
+        counts > 0, _log(xp, total) - _log(xp, rows) - _log(xp, columns), 0.0
+    )
+
+
+def _entropy(xp, counts, correction):
+    total = xp.sum(counts, axis=-1)
+    if correction == "grassberger":
+        # G(n) of Grassberger (2003), Eq. 30, in closed form.
+        log = np.where(counts > 0, digamma(counts // 2 + 0.5) + np.log(2.0), 0.0)
+    else:
+        log = _log(xp, counts)
+    samples = xp.maximum(total, _TINY)
+    result = _log(xp, total) - xp.sum(counts * log, axis=-1) / samples
+    if correction == "miller_madow":
+        missing = (_occupied(xp, counts) - 1.0) / (2.0 * samples)
+        result = result + xp.where(total > 0, missing, 0.0)
+    return result
+
+
+def _log(xp, counts):
+    """Logarithm of the counts, 0 where there are none."""
+    return xp.log(xp.where(counts > 0, counts, 1.0))
+
+
+def _occupied(xp, counts):
+    return xp.sum(xp.where(counts > 0, 1.0, 0.0), axis=-1)
+
+
+def _prepare(counts, rank, correction):
+    """The namespace to compute in, the counts in it, and whether they are valid."""
+    if correction not in _CORRECTIONS:
+        raise ValueError(
+            f"Argument `correction` must be one of {_CORRECTIONS}. "
+            f"Received: correction={correction!r}"
+        )
+    axes = tuple(range(-rank, 0))
+    if _in_trace(counts):
+        if correction == "grassberger":
+            raise ValueError(
+                "`correction='grassberger'` needs counts with a value; inside a "
+                "compiled function use 'miller_madow'."
+            )
+        ops = keras.ops
+        counts = ops.cast(counts, "float32")
+        _check_rank(counts, rank)
+        return ops, counts, ops.all((counts >= 0) & ops.isfinite(counts), axis=axes)
+    counts = _nonnegative(counts, "counts")
+    _check_rank(counts, rank)
+    if correction == "grassberger" and np.any(counts != np.floor(counts)):
+        raise ValueError(
+            "`correction='grassberger'` needs whole counts. Received fractional "
+            "counts (sample weights?); use 'miller_madow'."
+        )
+    return np, counts, True
+
+
+def _check_rank(counts, rank):
+    if len(counts.shape) < rank:
+        raise ValueError(
+            f"Argument `counts` must have at least {rank} dimension(s). "
+            f"Received: counts.shape={tuple(counts.shape)}"
+        )
+
+
+def _in_trace(x):
+    return keras.ops.is_tensor(x) and is_symbolic(x)
+
+
+def _to_numpy(x):
+    return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) else np.asarray(x)
+
+
+def _nonnegative(x, name):
+    x = _to_numpy(x)
+    if x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Argument `{name}` must hold real numbers. Received: dtype={x.dtype}"
+        )
+    x = x.astype("float64")
+    if not np.all(np.isfinite(x)) or np.any(x < 0):
+        bad = x[~(np.isfinite(x) & (x >= 0))]
+        raise ValueError(
+            f"Argument `{name}` must be finite and not negative. "
+            f"Received {bad.size} bad value(s), the first {bad.flat[0]}"
+        )
+    return x
+
+
+def _ids(x, num, name):
+    if int(num) != num or num < 1:
+        raise ValueError(
+            f"Argument `num_{name}` must be a positive integer. Received: {num}"
+        )
+    x = _to_numpy(x)
+    if x.size == 0:
+        x = x.astype("int64")
+    if x.ndim != 1 or x.dtype.kind not in "biu":
+        raise ValueError(
+            f"Argument `{name}` must be a vector of integer ids. "
+            f"Received: shape={x.shape}, dtype={x.dtype}"
+        )
+    x = x.astype("int64")
+    if x.size and (x.min() < 0 or x.max() >= num):
+        raise ValueError(
+            f"Argument `{name}` must hold ids in [0, {num}). "
+            f"Received ids from {x.min()} to {x.max()}"
+        )
+    return x

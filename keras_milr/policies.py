@@ -1,0 +1,240 @@
+"""Policies: from a reading of the information to the next learning rate.
+
+A policy is a callable `policy(reading) -> rate`. It is a pure function of the reading:
+whatever it must know is in there. All arithmetic is elementwise, so the same code sets
+one rate for a network or an array of rates for its layers.
+
+The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
+tracking the relative change in mutual information, and additionally its value
+relative to a reference measure. `RelativeChange` and `ReferenceLevel` are of these two
+kinds; their formulas are our own.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+
+class Reading(NamedTuple):
+    """What a policy knows when it sets the rates. Arrays have one entry per rate.
+
+    Attributes:
+        rate: The present learning rates.
+        start_rate: The rates at the beginning of the training.
+        peak_rate: The highest rates so far.
+        information: The accessible information now, nats.
+        previous: The same at the previous reading.
+        best: The largest so far, this reading included.
+        reference: What `information` is measured against, nats; H(Y) by default.
+        noise: Changes of the information up to this size mean nothing, nats.
+        step: Number of this reading: 1 for the first after training has begun.
+        steps: Number of readings planned, or None where it is not known.
+        rollbacks: How often the training has been rolled back.
+    """
+
+    rate: np.ndarray
+    start_rate: np.ndarray
+    peak_rate: np.ndarray
+    information: np.ndarray
+    previous: np.ndarray
+    best: np.ndarray
+    reference: np.ndarray
+    noise: np.ndarray
+    step: int
+    steps: int | None
+    rollbacks: int
+
+
+Policy = Callable[[Reading], np.ndarray]
+
+
+class _Configured:
+    """Serialisation of a policy whose constructor arguments are its attributes."""
+
+    _constants: tuple[str, ...] = ()
+
+    def get_config(self) -> dict:
+        return {name: getattr(self, name) for name in self._constants}
+
+    @classmethod
+    def from_config(cls, config: dict):
+        return cls(**config)
+
+    def __repr__(self):
+        constants = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({constants})"
+
+
+@keras.saving.register_keras_serializable(package="keras_milr")
+class RelativeChange(_Configured):
+    """The rate follows the relative change of the information, up and down.
+
+    With the information I of this reading and I' of the previous one, both nats:
+
+        d = (I − I') / max(I', floor × reference, noise)
+        rate ← rate × clip((1 + d) / (1 + expected), 1 / max_factor, max_factor)
+
+    While the information grows faster than `expected` per reading the rate rises,
+    which is a warm-up whose length the data decide; once it grows more slowly, or
+    falls, the rate falls. A change within the noise is no change (d = 0).
+    The formula is our own, of the first kind in Vasudevan (2018).
+
+    Args:
+        expected: Relative growth of the information per reading at which the rate
+            stays as it is. Larger values decay sooner. Defaults to `0.05`.
+        floor: Share of the reference below which the previous information does not
+            count as smaller, so that a start at I' ≈ 0 does not explode.
+            Defaults to `0.1`.
+        max_factor: Largest factor, and one over the smallest, by which one reading
+            may change the rate. Defaults to `1.5`.
+
+    Raises:
+        ValueError: for `expected < 0`, `floor <= 0` or `max_factor <= 1`.
+    """
+
+    _constants = ("expected", "floor", "max_factor")
+
+    def __init__(
+        self, expected: float = 0.05, floor: float = 0.1, max_factor: float = 1.5
+    ):
+        _check("expected", expected, expected >= 0, "at least 0")
+        _check("floor", floor, floor > 0, "above 0")
+        _check("max_factor", max_factor, max_factor > 1, "above 1")
+        self.expected = expected
+        self.floor = floor
+        self.max_factor = max_factor
+
+    def __call__(self, reading: Reading) -> np.ndarray:
+        base = np.maximum(reading.previous, self.floor * reading.reference)
+        relative = _change(reading) / np.maximum(base, reading.noise)
+        factor = (1.0 + relative) / (1.0 + self.expected)
+        return reading.rate * np.clip(factor, 1.0 / self.max_factor, self.max_factor)
+
+
+@keras.saving.register_keras_serializable(package="keras_milr")
+class ReferenceLevel(_Configured):
+    """Keeps the rate while each reading gains its share of what is still missing.
+
+    The change of the information is measured against its distance from the reference,
+    by default H(Y), the most that can be known about the labels. With the information I
+    of this reading and I' of the previous one, all nats:
+
+        missing = reference − I,    missing' = reference − I'
+        g = (I − I') / max(missing', hold × reference, noise)
+
+    1. *Hold.* If missing < hold × reference, or missing < noise, nothing measurable is
+       missing: the rate stays.
+    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered and
+       the information does not fall: rate × 3 if less than half of the reference is
+       reached, else rate × 2 if g > share. This mends a start that is far too low.
+    3. Else rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
+       of what was missing, cut as the gain shrinks, but never below `floor` times the
+       highest rate so far.
+
+    A change within the noise is no change (g = 0). The formula is our own, of the
+    second kind in Vasudevan (2018).
+
+    Args:
+        share: Share of the missing information that a reading must gain to keep the
+            rate. Larger values decay sooner. Defaults to `0.1`.
+        cut: Smallest factor by which one reading may lower the rate.
+            Defaults to `0.5`.
+        hold: Share of the reference below which missing information does not count.
+            Defaults to `0.02`.
+        floor: Lowest rate, as a share of the highest so far. Defaults to `0.01`.
+        grow_steps: Number of first readings in which the rate may grow; 0 to never
+            raise it. Defaults to `8`.
+
+    Raises:
+        ValueError: for a `share`, `cut` or `floor` outside (0, 1], a `hold` outside
+            (0, 1), or a negative `grow_steps`.
+    """
+
+    _constants = ("share", "cut", "hold", "floor", "grow_steps")
+
+    def __init__(
+        self,
+        share: float = 0.1,
+        cut: float = 0.5,
+        hold: float = 0.02,
+        floor: float = 0.01,
+        grow_steps: int = 8,
+    ):
+        for name, value in (("share", share), ("cut", cut), ("floor", floor)):
+            _check(name, value, 0 < value <= 1, "above 0 and at most 1")
+        _check("hold", hold, 0 < hold < 1, "above 0 and below 1")
+        _check("grow_steps", grow_steps, grow_steps >= 0, "at least 0")
+        self.share = share
+        self.cut = cut
+        self.hold = hold
+        self.floor = floor
+        self.grow_steps = grow_steps
+
+    def __call__(self, reading: Reading) -> np.ndarray:
+        negligible = np.maximum(self.hold * reading.reference, reading.noise)
+        missing = reading.reference - reading.information
+        before = reading.reference - reading.previous
+        change = _change(reading)
+        gain = change / np.maximum(before, negligible)
+
+        lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
+        kept = np.clip(gain / self.share, self.cut, 1.0)
+        rate = np.maximum(reading.rate * kept, lowest)
+
+        may_grow = (
+            (reading.step <= self.grow_steps)
+            & (reading.rollbacks == 0)
+            & (reading.rate >= reading.peak_rate)
+            & (change >= 0)
+        )
+        early = reading.information < 0.5 * reading.reference
+        rate = np.where(may_grow & ~early & (gain > self.share), 2 * reading.rate, rate)
+        rate = np.where(may_grow & early, 3 * reading.rate, rate)
+        return np.where(missing < negligible, reading.rate, rate)
+
+
+_POLICIES = {"relative": RelativeChange, "reference": ReferenceLevel}
+
+
+def get(identifier) -> Policy:
+    """The policy that `identifier` names.
+
+    Args:
+        identifier: `"relative"`, `"reference"`, a serialised policy (dict), or a
+            callable `policy(reading) -> rate`, which is returned as it is.
+
+    Raises:
+        ValueError: for a name that is not known.
+        TypeError: for anything else.
+    """
+    if isinstance(identifier, str):
+        if identifier not in _POLICIES:
+            raise ValueError(
+                f"Argument `policy` must be one of {sorted(_POLICIES)}, or a callable "
+                f"policy(reading) -> rate. Received: policy={identifier!r}"
+            )
+        return _POLICIES[identifier]()
+    if isinstance(identifier, dict):
+        identifier = keras.saving.deserialize_keras_object(identifier)
+    if not callable(identifier) or isinstance(identifier, type):
+        raise TypeError(
+            f"Argument `policy` must be one of {sorted(_POLICIES)}, or a callable "
+            "policy(reading) -> rate. "
+            f"Received: policy={identifier!r} of type {type(identifier).__name__}"
+        )
+    return identifier
+
+
+def _change(reading: Reading) -> np.ndarray:
+    """Change of the information since the previous reading, 0 within the noise."""
+    change = reading.information - reading.previous
+    return np.where(np.abs(change) <= reading.noise, 0.0, change)
+
+
+def _check(name, value, valid, expected):
+    if isinstance(value, bool) or not np.isfinite(value) or not valid:
+        raise ValueError(
+            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
+        )

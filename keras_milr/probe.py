@@ -1,0 +1,326 @@
+"""A fixed sample of the data, and one compiled pass that measures the model on it."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_milr import backend, targets
+from keras_milr.readouts import Information, Predictions
+
+BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
+
+
+class Sample(NamedTuple):
+    """Labelled samples to measure on.
+
+    Attributes:
+        x: Array, or list, tuple or dict of arrays, of length n.
+        class_ids: int32 ids, shape `(n,)`.
+        sample_weight: float32 weights of shape `(n,)`, or None.
+        num_units: Number of output units that the labels were read for.
+    """
+
+    x: Any
+    class_ids: np.ndarray
+    sample_weight: np.ndarray | None
+    num_units: int
+
+
+def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
+    """Draws a class-stratified sample in one pass over the data.
+
+    Each class gets its share of the data, and at least one sample. The draw depends on
+    the seed and on the order of the data, not on how they are batched.
+
+    Args:
+        data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
+            batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator.
+        model: The built `keras.Model` to measure; its output says how labels are read.
+        size: Number of samples to draw; all of them where there are no more.
+        seed: Integer seed.
+
+    Returns:
+        A `Sample`, in the order of the data.
+
+    Raises:
+        ValueError: for data without labels, of unequal lengths, empty, infinite or of
+            one class only; for labels that do not fit the outputs; for inputs that are
+            not finite; for a `size` below 2 for each class.
+    """
+    rng = np.random.default_rng(seed)
+    pool = None
+    for x, y, sample_weight in _batches(data):
+        n = _check_lengths(x, y, sample_weight)
+        if n == 0:
+            continue
+        if pool is None:
+            num_units = num_output_units(model, x)
+            classes = targets.num_classes(num_units)
+            pool = _Pool(classes)
+        ids = targets.checked_class_ids(y, num_units)
+        _check_finite(x)
+        rows = {"x": x}
+        if sample_weight is not None:
+            rows["sample_weight"] = sample_weight
+        pool.add(rows, ids, rng.random(n))
+        # Memory stays bounded by the sample. Twice the share keeps whatever the
+        # final draw will want, but for a chance that is negligible.
+        if len(pool) > 4 * size + 16 * classes:
+            pool.keep(2.0 * size * pool.counts / pool.counts.sum() + 4)
+    if pool is None:
+        raise ValueError("Argument `probe_data` is empty. Received: no samples")
+    present = np.count_nonzero(pool.counts)
+    if present == 1:
+        raise ValueError(
+            "Argument `probe_data` must have at least two classes: labels of a single "
+            "class have no entropy, and nothing can be known about them. "
+            f"Received: class {int(np.argmax(pool.counts))} only"
+        )
+    if size < 2 * present:
+        raise ValueError(
+            "Argument `probe_size` must be at least 2 for each class. Received: "
+            f"probe_size={size} for {present} classes"
+        )
+    pool.keep(_shares(pool.counts, size))
+    rows, ids = pool.rows()
+    return Sample(rows["x"], ids, rows.get("sample_weight"), num_units)
+
+
+class _Pool:
+    """Rows with random priorities; the lowest ones of each class are kept."""
+
+    def __init__(self, classes: int):
+        self.counts = np.zeros(classes, "int64")
+        self._chunks = []
+        self._ids = np.zeros(0, "int32")
+        self._priorities = np.zeros(0)
+
+    def __len__(self):
+        return len(self._ids)
+
+    def add(self, rows, ids, priorities):
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        self._chunks.append(rows)
+        self._ids = np.concatenate([self._ids, ids])
+        self._priorities = np.concatenate([self._priorities, priorities])
+
+    def keep(self, quota):
+        """Drops all but the `quota[c]` lowest priorities of each class c."""
+        order = np.lexsort((self._priorities, self._ids))
+        ids = self._ids[order]
+        rank = np.arange(len(ids)) - np.searchsorted(ids, ids)
+        chosen = np.sort(order[rank < np.asarray(quota)[ids]])
+        self._chunks = [self._take(chosen)]
+        self._ids, self._priorities = self._ids[chosen], self._priorities[chosen]
+
+    def rows(self):
+        return self._chunks[0], self._ids
+
+    def _take(self, chosen):
+        lengths = [len(keras.tree.flatten(chunk)[0]) for chunk in self._chunks]
+        ends = np.cumsum(lengths)
+        parts = []
+        for chunk, end, length in zip(self._chunks, ends, lengths, strict=True):
+            local = chosen[(chosen >= end - length) & (chosen < end)] - (end - length)
+            parts.append(keras.tree.map_structure(lambda a, i=local: a[i], chunk))
+        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
+
+
+def _shares(counts, size):
+    """Whole numbers that add up to `size`, in proportion to `counts`, at least 1."""
+    if counts.sum() <= size:
+        return counts
+    exact = counts * (size / counts.sum())
+    shares = np.where(counts > 0, np.maximum(np.floor(exact), 1), 0).astype("int64")
+    # Largest remainders get what is left; over-full shares give back first.
+    while shares.sum() != size:
+        step = 1 if shares.sum() < size else -1
+        gap = np.where((counts > 0) & ((step > 0) | (shares > 1)), exact - shares, 0.0)
+        shares[np.argmax(step * gap)] += step
+    return shares
+
+
+def _batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
+    """Batches of (x, y, sample_weight) as NumPy, from whatever `data` is."""
+    if isinstance(data, (tuple, list)):
+        batches = [data]
+    elif isinstance(data, keras.utils.PyDataset):
+        if data.num_batches is None:
+            raise ValueError(
+                "Argument `probe_data` must be finite. Received a PyDataset whose "
+                "`num_batches` is None"
+            )
+        batches = (data[i] for i in range(data.num_batches))
+    elif isinstance(data, (np.ndarray, dict)) or keras.ops.is_tensor(data):
+        raise ValueError(
+            "Argument `probe_data` must have labels: (x, y), (x, y, sample_weight), or "
+            f"an iterable of such batches. Received: {type(data).__name__}"
+        )
+    elif hasattr(data, "__iter__"):
+        if hasattr(data, "cardinality") and int(data.cardinality()) == -1:
+            raise ValueError(
+                "Argument `probe_data` must be finite. Received a dataset that repeats "
+                "without end; pass it before `.repeat()`, or use `.take(steps)`."
+            )
+        batches = data
+    else:
+        raise TypeError(
+            "Argument `probe_data` must be (x, y), (x, y, sample_weight), or an "
+            "iterable of such batches (tf.data.Dataset, keras.utils.PyDataset, "
+            f"generator). Received: {data!r} of type {type(data).__name__}"
+        )
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            what = f"{type(batch).__name__}"
+            if isinstance(batch, (tuple, list)):
+                what += f" of {len(batch)}"
+            raise ValueError(
+                "Argument `probe_data` must have labels: (x, y) or "
+                f"(x, y, sample_weight). Received: {what}"
+            )
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
+        if y is None:
+            raise ValueError("Argument `probe_data` must have labels. Received: y=None")
+        if sample_weight is not None:
+            sample_weight = np.asarray(sample_weight, "float32")
+        yield keras.tree.map_structure(_input_array, x), np.asarray(y), sample_weight
+
+
+def _input_array(x):
+    x = np.asarray(x)
+    return x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x
+
+
+def _check_lengths(x, y, sample_weight):
+    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), y)]
+    if sample_weight is not None:
+        shapes.append(sample_weight.shape)
+        if sample_weight.ndim != 1:
+            raise ValueError(
+                "The sample weights of `probe_data` must have shape (n,). "
+                f"Received: {sample_weight.shape}"
+            )
+        if not np.all(np.isfinite(sample_weight)) or np.any(sample_weight < 0):
+            raise ValueError(
+                "The sample weights of `probe_data` must be finite and not negative."
+            )
+    if any(len(shape) == 0 for shape in shapes):
+        raise ValueError(
+            "Argument `probe_data` must come in batches. Received single samples; "
+            "use `dataset.batch(...)`."
+        )
+    if len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(
+            "Inputs, labels and weights in `probe_data` must have the same length. "
+            f"Received: shapes {shapes}"
+        )
+    return shapes[0][0]
+
+
+def _check_finite(x):
+    for array in keras.tree.flatten(x):
+        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+            raise ValueError(
+                "The inputs in `probe_data` must be finite. Received an array of shape "
+                f"{array.shape} with {int(np.sum(~np.isfinite(array)))} NaN or "
+                "infinite value(s)"
+            )
+
+
+def num_output_units(model, x) -> int:
+    """Units of the model's output for inputs like `x`; nothing is computed.
+
+    Args:
+        model: A `keras.Model` with one output of shape `(n, units)`. A model without
+            weights yet (a subclassed one) is built.
+        x: Array, or structure of arrays, with the batch first.
+
+    Raises:
+        ValueError: for several outputs, or an output that has another shape.
+    """
+    specs = keras.tree.map_structure(
+        lambda a: keras.KerasTensor(
+            (None, *np.shape(a)[1:]), keras.backend.standardize_dtype(a.dtype)
+        ),
+        x,
+    )
+    outputs = model.compute_output_spec(specs) if model.built else model(specs)
+    shapes = [tuple(t.shape) for t in keras.tree.flatten(outputs)]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] is None:
+        raise ValueError(
+            "Measuring mutual information needs a model with one output of shape "
+            f"(n, units). Received: model {model.name!r} with output shape(s) {shapes}"
+        )
+    return shapes[0][1]
+
+
+def output_readout(model) -> Predictions:
+    """The readout for the model's output, by its compiled loss."""
+    losses = keras.tree.flatten(getattr(model, "loss", None))
+    from_logits = len(losses) == 1 and getattr(losses[0], "from_logits", False)
+    return Predictions(from_logits=bool(from_logits))
+
+
+class Probe:
+    """Measures a model on a fixed sample, in one compiled pass.
+
+    The forward pass and the counting run together, batch by batch, on the device that
+    the model is on; only counts come back. The model runs in inference mode and is left
+    as it was: weights, statistics, random seeds and metrics.
+
+    Args:
+        model: A built, compiled `keras.Model`.
+        sample: What to measure on; see `draw_sample`.
+        readout: A readout, such as `keras_milr.readouts.Predictions()`.
+    """
+
+    def __init__(self, model, sample: Sample, readout):
+        self.readout = readout
+        self.num_classes = targets.num_classes(sample.num_units)
+        self._batches = _equal_batches(
+            sample, _batch_size(model, len(sample.class_ids))
+        )
+
+        def step(forward, state, x, class_ids, weight):
+            return readout.update(state, forward(x), class_ids, weight)
+
+        self._step = backend.compile_step(model, step)
+
+    def measure(self) -> Information:
+        """One reading of the model as it is now."""
+        state = keras.tree.map_structure(
+            keras.ops.convert_to_tensor, self.readout.init(self.num_classes)
+        )
+        for batch in self._batches:
+            state = self._step(state, *batch)
+        return self.readout.finish(state)
+
+
+def _batch_size(model, n) -> int:
+    shapes = [tuple(t.shape) for t in keras.tree.flatten(getattr(model, "inputs", []))]
+    fixed = {shape[0] for shape in shapes if shape and shape[0] is not None}
+    if fixed:
+        return fixed.pop()
+    return math.ceil(n / math.ceil(n / BATCH_SIZE))
+
+
+def _equal_batches(sample, size):
+    """Batches of one shape, so that one trace serves all: the last one is filled up
+    with repeated rows of weight 0."""
+    n = len(sample.class_ids)
+    weight = sample.sample_weight
+    weight = np.ones(n, "float32") if weight is None else weight
+    batches = []
+    for start in range(0, n, size):
+        rows = np.arange(start, start + size)
+        inside, rows = rows < n, np.minimum(rows, n - 1)
+        batch = (
+            keras.tree.map_structure(lambda a, r=rows: a[r], sample.x),
+            sample.class_ids[rows],
+            np.where(inside, weight[rows], 0.0).astype("float32"),
+        )
+        batches.append(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
+    return batches

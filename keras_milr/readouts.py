@@ -1,0 +1,289 @@
+"""What can be read from activations about the class: activations → nats.
+
+A readout fixes the reader, and with it the meaning of the number: how many nats
+that reader gets out of the activations. It streams, so that a pass over many
+batches keeps only counts: `init` makes the empty state, `update` adds a batch (pure,
+may be compiled), `finish` turns the state into an `Information`.
+"""
+
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_milr import information, targets
+
+
+class Information(NamedTuple):
+    """What a readout found, in nats.
+
+    Attributes:
+        value: Information of the reading about the class, corrected for bias,
+            between 0 and `entropy`.
+        raw: The plug-in estimate from the counts, without any correction.
+        entropy: H(Y), the entropy of the labels: the most there is to know.
+        null: What `raw` would be on average if reading and class were independent.
+        stderr: Standard error of `value` over samples.
+        bound: H(Y) − CE, a second lower bound of the accessible information, from
+            the cross-entropy of predicted probabilities; at least 0. NaN where the
+            outputs are not probabilities.
+        bound_stderr: Standard error of `bound`.
+        estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`.
+    """
+
+    value: float
+    raw: float
+    entropy: float
+    null: float
+    stderr: float
+    bound: float = float("nan")
+    bound_stderr: float = float("nan")
+    estimator: str = "counts"
+
+    @property
+    def accessible(self) -> float:
+        """The larger of the two lower bounds, `value` and `bound`."""
+        return float(np.fmax(self.value, self.bound))
+
+    @property
+    def accessible_stderr(self) -> float:
+        """Standard error of `accessible`."""
+        return self.bound_stderr if self.bound > self.value else self.stderr
+
+
+def predicted_class(outputs, from_logits: bool = False):
+    """The class that each row of outputs stands for.
+
+    Args:
+        outputs: Tensor of shape `(n, K)`, or `(n, 1)` for two classes.
+        from_logits: Whether a single output is a logit (threshold 0) rather than a
+            probability (threshold 0.5).
+
+    Returns:
+        int32 ids of shape `(n,)` in `[0, K]`. The last id, K, is "no prediction": the
+        row has an output that is not finite.
+    """
+    ops = keras.ops
+    outputs = ops.cast(outputs, "float32")
+    units = outputs.shape[-1]
+    if units == 1:
+        ids = ops.cast(outputs[:, 0] > (0.0 if from_logits else 0.5), "int32")
+    else:
+        ids = ops.cast(ops.argmax(outputs, axis=-1), "int32")
+    finite = ops.all(ops.isfinite(outputs), axis=-1)
+    return ops.where(finite, ids, targets.num_classes(units))
+
+
+def prediction_counts(outputs, class_ids, sample_weight=None, from_logits=False):
+    """The table of (predicted class, label) for a batch of outputs.
+
+    Args:
+        outputs: Tensor of shape `(n, K)`, or `(n, 1)` for two classes.
+        class_ids: Labels as ids, shape `(n,)`.
+        sample_weight: Optional weights of shape `(n,)`.
+        from_logits: See `predicted_class`.
+
+    Returns:
+        Counts of shape `(K + 1, K)`; the last row counts rows without a prediction.
+    """
+    classes = targets.num_classes(outputs.shape[-1])
+    predictions = predicted_class(outputs, from_logits)
+    return information.contingency(
+        predictions, class_ids, classes + 1, classes, sample_weight
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_milr")
+class Predictions:
+    """Reads a network's output: the predicted class against the label.
+
+    Measures two lower bounds of the accessible information in one pass: the mutual
+    information of (prediction, label), from their table of counts, and
+    H(Y) − CE, from the predicted probabilities. `Information.value` is the first,
+    with the Miller–Madow correction, when there are at least 5 samples for each cell
+    of the classes that occur in the labels (n ≥ 5 K²). With fewer, counts are mostly
+    bias: `value` is then the second, or, without probabilities, Fano's bound
+    H(Y) − h(e) − e log(K − 1) from the error rate e. `Information.estimator` says which.
+
+    Example:
+
+    ```python
+    readout = keras_milr.readouts.Predictions()
+    info = readout.measure(model.predict(x), y, num_classes=10)
+    print(info.value, "of", info.entropy, "nats")
+    ```
+
+    Args:
+        from_logits: Whether the outputs are logits instead of probabilities.
+            Defaults to `False`. The callback reads it off the compiled loss.
+    """
+
+    def __init__(self, from_logits: bool = False):
+        self.from_logits = from_logits
+
+    def init(self, num_classes: int) -> dict:
+        """The state before the first batch, for labels of `num_classes` classes."""
+        return {
+            "counts": np.zeros((num_classes + 1, num_classes), "float32"),
+            # Sums of weight × CE and weight × CE², and the weight of rows whose
+            # finite outputs are no probabilities.
+            "cross_entropy": np.zeros(3, "float32"),
+        }
+
+    def update(self, state: dict, outputs, class_ids, sample_weight=None) -> dict:
+        """Adds a batch. Pure; may be compiled.
+
+        Args:
+            state: What `init` or the last `update` returned.
+            outputs: Tensor of shape `(n, K)`, or `(n, 1)` for two classes.
+            class_ids: Ids in `[0, K)`, shape `(n,)`.
+            sample_weight: Optional weights of shape `(n,)`.
+
+        Returns:
+            The new state.
+        """
+        ops = keras.ops
+        # float32 under mixed precision too: half precision cannot count.
+        outputs = ops.cast(outputs, "float32")
+        if len(outputs.shape) != 2:
+            raise ValueError(
+                "`Predictions` reads outputs of shape (n, units). "
+                f"Received: outputs of shape {tuple(outputs.shape)}"
+            )
+        if sample_weight is None:
+            sample_weight = ops.ones(ops.shape(outputs)[0], "float32")
+        finite = ops.all(ops.isfinite(outputs), axis=-1)
+        log_p, proper = self._log_probability(outputs, class_ids)
+        # A row that is not finite says nothing, at the price of the worst guess.
+        surprise = ops.where(finite, -log_p, -math.log(keras.config.epsilon()))
+        improper = ops.where(finite & ~proper, sample_weight, 0.0)
+        sums = [
+            ops.sum(sample_weight * surprise),
+            ops.sum(sample_weight * surprise**2),
+            ops.sum(improper),
+        ]
+        counts = prediction_counts(outputs, class_ids, sample_weight, self.from_logits)
+        return {
+            "counts": state["counts"] + counts,
+            "cross_entropy": state["cross_entropy"] + ops.stack(sums),
+        }
+
+    def finish(self, state: dict) -> Information:
+        """The information in the batches that `state` has seen."""
+        counts = keras.ops.convert_to_numpy(state["counts"]).astype("float64")
+        sums = keras.ops.convert_to_numpy(state["cross_entropy"]).astype("float64")
+        total = counts.sum()
+        bound = bound_stderr = float("nan")
+        if total > 0 and sums[2] == 0:
+            cross_entropy = sums[0] / total
+            variance = max(sums[1] / total - cross_entropy**2, 0.0)
+            bound = information.entropy(counts.sum(axis=0)) - cross_entropy
+            bound_stderr = np.sqrt(variance / total)
+        return from_counts(counts, bound, bound_stderr)
+
+    def measure(self, outputs, class_ids, num_classes: int) -> Information:
+        """Reads all samples at once: `init`, one `update`, `finish`.
+
+        Args:
+            outputs: Array of shape `(n, K)`, or `(n, 1)` for two classes.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
+            num_classes: K.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        outputs = keras.ops.convert_to_tensor(outputs)
+        units = outputs.shape[-1] if len(outputs.shape) == 2 else None
+        if units is None or targets.num_classes(units) != num_classes:
+            raise ValueError(
+                f"Argument `outputs` must have shape (n, {num_classes}), or (n, 1) for "
+                f"two classes. Received: outputs.shape={tuple(outputs.shape)}, "
+                f"num_classes={num_classes}"
+            )
+        ids = targets.checked_class_ids(class_ids, units)
+        return self.finish(self.update(self.init(num_classes), outputs, ids))
+
+    def _log_probability(self, outputs, class_ids):
+        """log p(label), and whether the row is a probability distribution."""
+        ops = keras.ops
+        label = ops.cast(class_ids, "int32")
+        if outputs.shape[-1] == 1:
+            single = outputs[:, 0]
+            if self.from_logits:
+                log_p = ops.log_sigmoid(ops.where(label == 1, single, -single))
+                return log_p, ops.ones_like(log_p, dtype="bool")
+            p = ops.where(label == 1, single, 1.0 - single)
+            proper = (single >= 0.0) & (single <= 1.0)
+        else:
+            chosen = ops.expand_dims(label, -1)
+            if self.from_logits:
+                log_p = ops.log_softmax(outputs, axis=-1)
+                log_p = ops.take_along_axis(log_p, chosen, axis=-1)[:, 0]
+                return log_p, ops.ones_like(log_p, dtype="bool")
+            total = ops.sum(outputs, axis=-1)
+            # Probabilities in bfloat16 add up to 1 within a few percent.
+            proper = ops.all(outputs >= 0.0, axis=-1) & (ops.abs(total - 1.0) < 0.05)
+            p = ops.take_along_axis(outputs, chosen, axis=-1)[:, 0]
+            p = p / ops.where(proper, total, 1.0)
+        # Clipped as Keras' own cross-entropies are.
+        epsilon = keras.config.epsilon()
+        return ops.log(ops.clip(p, epsilon, 1.0 - epsilon)), proper
+
+    def get_config(self) -> dict:
+        return {"from_logits": self.from_logits}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Predictions":
+        return cls(**config)
+
+
+def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Information:
+    """The information in a table of (prediction, label).
+
+    Args:
+        counts: Table of shape `(K + 1, K)`: see `prediction_counts`.
+        bound: H(Y) − CE of the same samples, nats, where it is known.
+        bound_stderr: Its standard error.
+
+    Returns:
+        An `Information`. Its `value` comes from the counts, from `bound` or from the
+        error rate, as the docstring of `Predictions` says.
+    """
+    labels = counts.sum(axis=0)
+    entropy = float(information.entropy(labels))
+    raw = float(information.mutual_information(counts))
+    result = Information(
+        value=float(information.mutual_information(counts, "miller_madow")),
+        raw=raw,
+        entropy=entropy,
+        null=float(information.null_level(counts)),
+        stderr=float(information.standard_error(counts)),
+        bound=float(np.clip(bound, 0.0, entropy)),
+        bound_stderr=float(bound_stderr),
+    )
+    # By the classes in the labels, which stay the same in every reading; by those
+    # predicted, the estimator would change in the middle of a training.
+    if labels.sum() >= 5 * np.count_nonzero(labels) ** 2:
+        return result
+    if not np.isnan(bound):
+        return result._replace(
+            value=result.bound, stderr=result.bound_stderr, estimator="bound"
+        )
+    value, stderr = _fano(counts, entropy)
+    return result._replace(value=value, stderr=stderr, estimator="fano")
+
+
+def _fano(counts, entropy):
+    """Fano's lower bound on the information, and its standard error (delta method)."""
+    classes, samples = counts.shape[1], max(counts.sum(), 1e-30)
+    error = 1.0 - np.trace(counts) / samples
+    binary = float(information.entropy(np.array([error, 1.0 - error])))
+    value = entropy - binary - error * np.log(classes - 1)
+    inner = np.clip(error, 1.0 / samples, 1.0 - 1.0 / samples)
+    slope = np.log((1.0 - inner) * (classes - 1) / inner)
+    stderr = abs(slope) * np.sqrt(inner * (1.0 - inner) / samples)
+    return float(np.clip(value, 0.0, entropy)), float(stderr)
