@@ -53,8 +53,8 @@ def load(name):
     if name == "digits":
         images, labels = load_digits(return_X_y=True)
         images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
-        rest, *test = split(images, labels, 0.2)
-        return (*split(*rest, 0.25), tuple(test))
+        rest, test = split(images, labels, 0.2)
+        return (*split(*rest, 0.25), test)
     (x, y), (x_test, y_test) = getattr(keras.datasets, name).load_data()
     x, x_test = (a[..., None].astype("float32") / 255 for a in (x, x_test))
     return (*split(x, y, 0.1), (x_test, y_test))

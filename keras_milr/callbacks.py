@@ -175,9 +175,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._start(epoch)
 
     def on_train_batch_end(self, batch, logs=None):
-        # `batch` is the last of several with `steps_per_execution`.
-        self._since_reading += batch + 1 - self._batch
-        self._batch = batch + 1
+        # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
+        # the end of the epoch.
+        trained = min(batch + 1, self.params.get("steps") or math.inf)
+        self._since_reading += trained - self._batch
+        self._batch = trained
         if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
             self._since_reading = 0
             self._update()
@@ -278,8 +280,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             rates = np.asarray(result, "float64")
         except (TypeError, ValueError):
             rates = None
-        if rates is None or rates.shape not in ((), reading.rate.shape):
-            what = repr(result) if rates is None else f"an array of shape {rates.shape}"
+        if result is None or rates is None or rates.shape not in ((), reading.rate.shape):
+            what = repr(result)
+            if rates is not None and rates.ndim > 0:
+                what = f"an array of shape {rates.shape}"
             raise ValueError(
                 "Argument `policy` must return a rate, or an array of the shape of "
                 f"`reading.rate`, {reading.rate.shape}. Received: {what}"

@@ -138,8 +138,8 @@ def _shares(counts, size):
     # Largest remainders get what is left; over-full shares give back first.
     while shares.sum() != size:
         step = 1 if shares.sum() < size else -1
-        gap = np.where((counts > 0) & ((step > 0) | (shares > 1)), exact - shares, 0.0)
-        shares[np.argmax(step * gap)] += step
+        may_change = (counts > 0) & (shares + step > 0)
+        shares[np.argmax(np.where(may_change, step * (exact - shares), -np.inf))] += step
     return shares
 
 

@@ -205,6 +205,11 @@ class Predictions:
                 f"num_classes={num_classes}"
             )
         ids = targets.checked_class_ids(class_ids, units)
+        if len(ids) != len(outputs):
+            raise ValueError(
+                "Arguments `outputs` and `class_ids` must have the same length. "
+                f"Received: {len(outputs)} and {len(ids)}"
+            )
         return self.finish(self.update(self.init(num_classes), outputs, ids))
 
     def _log_probability(self, outputs, class_ids):

@@ -1,0 +1,645 @@
+import json
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.metrics import mutual_info_score
+
+import keras_milr
+from keras_milr import policies, readouts
+from tests import reference
+
+
+def make_model(optimizer="adam", units=10, dropout=0.0, **compile_arguments):
+    activation = "sigmoid" if units == 1 else "softmax"
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dropout(dropout),
+            keras.layers.Dense(units, activation=activation),
+        ]
+    )
+    loss = "binary_crossentropy" if units == 1 else "sparse_categorical_crossentropy"
+    model.compile(optimizer, **({"loss": loss} | compile_arguments))
+    return model
+
+
+def fit(callback, data, model=None, epochs=3, **arguments):
+    model = make_model() if model is None else model
+    arguments = {"verbose": 0, "callbacks": [callback]} | arguments
+    if isinstance(data, tuple):
+        return model.fit(*data, epochs=epochs, **arguments)
+    # Keras warns that it cannot shuffle a dataset or a generator.
+    return model.fit(data, epochs=epochs, shuffle=False, **arguments)
+
+
+def keep(reading):
+    """A policy that changes nothing."""
+    return reading.rate
+
+
+def halve(reading):
+    return reading.rate / 2
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(32, activation="relu")
+        self.drop = keras.layers.Dropout(0.2)
+        self.out = keras.layers.Dense(10, activation="softmax")
+
+    def call(self, x, training=None):
+        return self.out(self.drop(self.hidden(x), training=training))
+
+
+class CustomStep(Subclassed):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            p = self(x, training=True)
+            loss = self.compute_loss(x, y, p)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return self.compute_metrics(x, y, p) | {"loss": loss}
+
+
+class TestSettingTheRate:
+    def test_the_policy_sets_the_rate_after_each_epoch(self, digits):
+        callback = keras_milr.MutualInformationLR(halve, probe_data=digits)
+        history = fit(callback, digits)
+        rates = history.history["learning_rate"]
+        np.testing.assert_allclose(rates, [1e-3, 5e-4, 2.5e-4], rtol=1e-6)
+        rate = float(callback.model.optimizer.learning_rate)
+        assert rate == pytest.approx(1.25e-4)
+
+    @pytest.mark.parametrize("policy", ["relative", "reference"])
+    def test_the_whole_loop_equals_the_plain_reference(self, digits, policy):
+        """Rates and information, recomputed from the predictions after each epoch."""
+        x, y = digits
+        model = make_model(dropout=0.2)
+        callback = keras_milr.MutualInformationLR(
+            policy, probe_data=digits, probe_size=10_000
+        )
+        predictions = [model.predict(x, verbose=0)]
+        record = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: predictions.append(
+                model.predict(x, verbose=0)
+            )
+        )
+        history = fit(callback, digits, model, 8, callbacks=[callback, record])
+
+        plain = {"relative": reference.relative_change}
+        plain["reference"] = reference.reference_level
+        rate = peak = 1e-3
+        entropy = reference.entropy(np.bincount(y))
+        previous, rates = None, []
+        for step, p in enumerate(predictions):
+            table = reference.contingency(p.argmax(axis=1), y, 10, 10)
+            counted = reference.mutual_information(table, "miller_madow")
+            bound, bound_error = reference.h_minus_ce(p, y)
+            found = {
+                "information": max(counted, bound),
+                "noise": bound_error
+                if bound > counted
+                else reference.standard_error(table),
+                "previous": max(counted, bound) if previous is None else previous,
+                "reference": entropy,
+                "rate": rate,
+                "peak_rate": peak,
+                "step": step,
+                "rollbacks": 0,
+            }
+            for key in ("information", "noise", "previous", "reference", "rate"):
+                assert callback.history[step][key] == pytest.approx(
+                    found[key], rel=1e-3, abs=1e-4
+                ), (step, key)
+            previous = found["information"]
+            if step > 0:
+                rates.append(rate)
+                rate = min(plain[policy](found), 1e-2)
+                peak = max(peak, rate)
+        np.testing.assert_allclose(history.history["learning_rate"], rates, rtol=1e-3)
+
+    def test_the_probe_of_all_data_reads_what_scikit_learn_reads(self, digits):
+        callback = keras_milr.MutualInformationLR(
+            probe_data=digits, probe_size=len(digits[1])
+        )
+        model = make_model()
+        fit(callback, digits, model)
+        predicted = model.predict(digits[0], verbose=0).argmax(axis=1)
+        assert callback.history[-1]["raw"] == pytest.approx(
+            mutual_info_score(digits[1], predicted), abs=1e-4
+        )
+
+    def test_changing_nothing_leaves_training_bit_equal(self, digits):
+        weights = []
+        for make in (make_model, Subclassed):
+            for callbacks in (
+                [],
+                [keras_milr.MutualInformationLR(keep, probe_data=digits)],
+                [keras_milr.MutualInformationLR(keep, digits, update_freq=10)],
+            ):
+                keras.utils.set_random_seed(1)
+                model = make(dropout=0.3) if make is make_model else make()
+                if make is Subclassed:
+                    model.compile("adam", "sparse_categorical_crossentropy")
+                fit(None, digits, model, callbacks=callbacks)
+                weights.append(model.get_weights())
+            without, with_epochs, with_batches = weights[-3:]
+            for a, b, c in zip(without, with_epochs, with_batches, strict=True):
+                np.testing.assert_array_equal(a, b)
+                np.testing.assert_array_equal(a, c)
+
+    def test_same_seeds_same_rates(self, digits):
+        runs = []
+        for _ in range(2):
+            keras.utils.set_random_seed(3)
+            callback = keras_milr.MutualInformationLR(probe_data=digits, probe_size=300)
+            fit(callback, digits, epochs=5)
+            runs.append(callback.history)
+        assert runs[0] == runs[1]
+
+    def test_bounds(self, digits):
+        for policy, limit in (
+            (lambda r: r.rate * 100, {"max_lr": 0.002}),
+            (lambda r: r.rate / 100, {"min_lr": 0.0005}),
+        ):
+            callback = keras_milr.MutualInformationLR(policy, digits, **limit)
+            rates = fit(callback, digits).history["learning_rate"]
+            (expected,) = limit.values()
+            np.testing.assert_allclose(rates[1:], expected, rtol=1e-6)
+
+    def test_without_an_upper_bound_ten_times_the_start(self, digits):
+        callback = keras_milr.MutualInformationLR(lambda r: r.rate * 100, digits)
+        rates = fit(callback, digits).history["learning_rate"]
+        np.testing.assert_allclose(rates, [1e-3, 1e-2, 1e-2], rtol=1e-6)
+
+    def test_learning_rate_argument(self, digits):
+        callback = keras_milr.MutualInformationLR(keep, digits, learning_rate=0.02)
+        rates = fit(callback, digits).history["learning_rate"]
+        np.testing.assert_allclose(rates, 0.02, rtol=1e-6)
+
+    def test_in_company_of_another_callback(self, digits):
+        """Whoever else sets the rate is respected: ours goes on from there."""
+        other = keras.callbacks.LearningRateScheduler(
+            lambda epoch, rate: 0.004 if epoch == 1 else rate
+        )
+        ours = keras_milr.MutualInformationLR(halve, probe_data=digits)
+        rates = fit(None, digits, callbacks=[other, ours]).history["learning_rate"]
+        np.testing.assert_allclose(rates, [0.001, 0.004, 0.002], rtol=1e-6)
+
+    def test_mixed_float16(self, digits):
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            model = make_model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        callback = keras_milr.MutualInformationLR(halve, probe_data=digits)
+        rates = fit(callback, digits, model).history["learning_rate"]
+        np.testing.assert_allclose(rates, [1e-3, 5e-4, 2.5e-4], rtol=1e-6)
+        assert callback.history[-1]["entropy"] == pytest.approx(np.log(10), abs=1e-3)
+
+
+class TestReadings:
+    def test_what_a_policy_is_told(self, digits):
+        readings = []
+
+        def policy(reading):
+            readings.append(reading)
+            return reading.rate * (3 if reading.step == 1 else 0.5)
+
+        callback = keras_milr.MutualInformationLR(policy, probe_data=digits)
+        fit(callback, digits, epochs=4)
+        readings = readings[1:]  # The first call only tries the policy.
+        assert [r.step for r in readings] == [1, 2, 3, 4]
+        assert {r.steps for r in readings} == {4}
+        assert {r.rollbacks for r in readings} == {0}
+        for before, now in zip(readings, readings[1:], strict=False):
+            assert now.previous == before.information
+            assert now.best == max(before.best, now.information)
+        np.testing.assert_allclose(
+            [r.rate[0] for r in readings], [1e-3, 3e-3, 1.5e-3, 7.5e-4], rtol=1e-6
+        )
+        assert {r.start_rate[0] for r in readings} == {readings[0].rate[0]}
+        peaks = [r.peak_rate[0] for r in readings]
+        np.testing.assert_allclose(peaks, [1e-3, 3e-3, 3e-3, 3e-3], rtol=1e-6)
+        for reading in readings:
+            arrays = [v for v in reading if isinstance(v, np.ndarray)]
+            assert [a.shape for a in arrays] == [(1,)] * 8
+
+    def test_history_has_every_field_and_serialises(self, digits):
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        fit(callback, digits)
+        fields = {"epoch", "batch", *policies.Reading._fields}
+        fields |= set(readouts.Information._fields)
+        assert [r["step"] for r in callback.history] == [0, 1, 2, 3]
+        assert [(r["epoch"], r["batch"]) for r in callback.history] == [
+            (0, 0), (0, 57), (1, 57), (2, 57)
+        ]  # fmt: skip
+        for record in callback.history:
+            assert set(record) == fields
+        assert json.loads(json.dumps(callback.history)) == callback.history
+
+    def test_log_keys_from_the_first_epoch(self, digits, tmp_path):
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+        history = fit(None, digits, callbacks=[callback, logger]).history
+        for key in ("probe_mutual_information", "probe_information", "learning_rate"):
+            assert len(history[key]) == 3
+        assert history["probe_mutual_information"] == [
+            r["value"] for r in callback.history[1:]
+        ]
+        assert history["probe_information"] == [
+            r["information"] for r in callback.history[1:]
+        ]
+        header = (tmp_path / "log.csv").read_text().splitlines()[0]
+        assert "probe_information" in header
+
+    @pytest.mark.parametrize("steps_per_execution", [1, 4])
+    def test_every_so_many_batches(self, digits, steps_per_execution):
+        model = make_model(steps_per_execution=steps_per_execution)
+        callback = keras_milr.MutualInformationLR(
+            lambda r: r.rate * 0.9, digits, update_freq=20
+        )
+        history = fit(callback, digits, model, epochs=2)  # 57 batches an epoch
+        taken = [(r["epoch"], r["batch"]) for r in callback.history]
+        if steps_per_execution == 1:
+            assert taken == [(0, 0), (0, 20), (0, 40), (1, 3), (1, 23), (1, 43)]
+        else:
+            assert taken == [(0, 0), (0, 20), (0, 40), (1, 4), (1, 24), (1, 44)]
+        assert callback.history[-1]["steps"] == 2 * 57 // 20
+        np.testing.assert_allclose(
+            history.history["learning_rate"], [1e-3 * 0.9**2, 1e-3 * 0.9**5], rtol=1e-5
+        )
+        assert not callback.async_safe
+        assert keras_milr.MutualInformationLR(keep, digits).async_safe
+
+    def test_initial_epoch_and_a_second_fit(self, digits):
+        callback = keras_milr.MutualInformationLR(halve, probe_data=digits)
+        model = make_model()
+        fit(callback, digits, model, epochs=5, initial_epoch=3)
+        assert [r["epoch"] for r in callback.history] == [3, 3, 4]
+        assert callback.history[-1]["steps"] == 2
+        fit(callback, digits, model, epochs=1)
+        assert [r["step"] for r in callback.history] == [0, 1]
+        assert callback.history[0]["start_rate"] == pytest.approx(2.5e-4)
+
+    def test_a_generator_is_drawn_from_once(self, digits):
+        x, y = digits
+        data = ((x[i : i + 100], y[i : i + 100]) for i in range(0, 1700, 100))
+        callback = keras_milr.MutualInformationLR(keep, probe_data=data)
+        model = make_model()
+        fit(callback, digits, model, epochs=1)
+        fit(callback, digits, model, epochs=1)
+        assert len(callback.history) == 2
+
+    def test_reference(self, digits):
+        for argument, expected in ((1.5, 1.5), (lambda i: i.entropy / 2, None)):
+            callback = keras_milr.MutualInformationLR(
+                keep, digits, reference=argument
+            )
+            fit(callback, digits, epochs=1)
+            record = callback.history[-1]
+            expected = record["entropy"] / 2 if expected is None else expected
+            assert record["reference"] == expected
+
+    def test_verbose(self, digits, capsys):
+        fit(keras_milr.MutualInformationLR(halve, digits, verbose=1), digits, epochs=1)
+        printed = capsys.readouterr().out
+        assert printed.startswith("\nEpoch 1: MutualInformationLR setting learning")
+        assert "rate to 0.000" in printed
+        fit(keras_milr.MutualInformationLR(halve, digits), digits, epochs=1)
+        fit(keras_milr.MutualInformationLR(keep, digits, verbose=1), digits, epochs=1)
+        assert capsys.readouterr().out == ""
+
+
+class TestTheMetricAsSource:
+    def compiled(self):
+        return make_model(metrics=[keras_milr.MutualInformation()])
+
+    def test_training_data(self, digits):
+        callback = keras_milr.MutualInformationLR(halve)
+        history = fit(callback, digits, self.compiled()).history
+        values = [r["raw"] for r in callback.history]
+        np.testing.assert_allclose(values, history["mutual_information"], atol=1e-5)
+        np.testing.assert_allclose(
+            history["learning_rate"], [1e-3, 5e-4, 2.5e-4], rtol=1e-6
+        )
+        assert callback.history[0]["entropy"] == pytest.approx(
+            reference.entropy(np.bincount(digits[1])), abs=1e-6
+        )
+        assert callback.history[0]["previous"] == 0
+        assert "probe_information" not in history
+
+    def test_validation_data_where_there_are_some(self, digits):
+        callback = keras_milr.MutualInformationLR(keep)
+        model = self.compiled()
+        history = fit(callback, digits, model, validation_split=0.3).history
+        values = [r["raw"] for r in callback.history]
+        np.testing.assert_allclose(values, history["val_mutual_information"], atol=1e-5)
+
+    def test_monitor_decides(self, digits):
+        callback = keras_milr.MutualInformationLR(keep, monitor="mutual_information")
+        model = self.compiled()
+        history = fit(callback, digits, model, validation_split=0.3).history
+        values = [r["raw"] for r in callback.history]
+        np.testing.assert_allclose(values, history["mutual_information"], atol=1e-5)
+
+    def test_only_validated_epochs_are_read(self, digits):
+        callback = keras_milr.MutualInformationLR(
+            keep, monitor="val_mutual_information"
+        )
+        options = {"validation_split": 0.3, "validation_freq": 2}
+        fit(callback, digits, self.compiled(), epochs=4, **options)
+        assert [r["epoch"] for r in callback.history] == [1, 3]
+
+    def test_every_so_many_batches(self, digits):
+        """Each reading has the counts since the one before it."""
+        model = self.compiled()
+        callback = keras_milr.MutualInformationLR(keep, update_freq=19)
+        tables = []
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: tables.append(
+                callback._source._metric.counts.numpy()
+            )
+            if batch in (18, 37)
+            else None
+        )
+        fit(None, digits, model, epochs=1, callbacks=[watch, callback])
+        second = tables[1] - tables[0]
+        assert second.sum() == 19 * 32
+        assert callback.history[1]["raw"] == pytest.approx(
+            reference.mutual_information(second), abs=1e-6
+        )
+
+    def test_the_model_may_own_the_metric(self, digits):
+        class Owner(CustomStep):
+            def __init__(self):
+                super().__init__()
+                self.information = keras_milr.MutualInformation()
+
+            def train_step(self, data):
+                logs = super().train_step(data)
+                p = self(data[0], training=False)
+                self.information.update_state(data[1], p)
+                return logs | {"mutual_information": self.information.result()}
+
+        model = Owner()
+        model.compile("adam", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(keep)
+        history = fit(callback, digits, model).history
+        values = [r["raw"] for r in callback.history]
+        np.testing.assert_allclose(values, history["mutual_information"], atol=1e-5)
+
+
+class TestModelsAndData:
+    @pytest.mark.parametrize(
+        "make",
+        [Subclassed, CustomStep, "functional", "nested"],
+    )
+    def test_models(self, digits, make):
+        if make == "functional":
+            inputs = keras.Input((64,))
+            outputs = keras.layers.Dense(10, activation="softmax")(inputs)
+            model = keras.Model(inputs, outputs)
+        elif make == "nested":
+            model = keras.Sequential([keras.Input((64,)), make_model()])
+        else:
+            model = make()
+        model.compile("adam", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        fit(callback, digits, model, epochs=4)
+        assert callback.history[-1]["value"] > 1.0
+        predicted = model.predict(digits[0], verbose=0).argmax(axis=1)
+        assert callback.history[-1]["raw"] == pytest.approx(
+            mutual_info_score(digits[1], predicted), abs=1e-4
+        )
+
+    def test_training_data(self, digits):
+        x, y = digits
+
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 17
+
+            def __getitem__(self, i):
+                return x[100 * i : 100 * (i + 1)], y[100 * i : 100 * (i + 1)]
+
+        def generate():
+            while True:
+                yield x[:100], y[:100]
+
+        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(100)
+        for data, options in (
+            (dataset, {}),
+            (dataset.repeat(), {"steps_per_epoch": 5}),
+            (Batches(), {}),
+            (generate(), {"steps_per_epoch": 5}),
+        ):
+            callback = keras_milr.MutualInformationLR(halve, probe_data=dataset)
+            history = fit(callback, data, epochs=2, **options).history
+            np.testing.assert_allclose(
+                history["learning_rate"], [1e-3, 5e-4], rtol=1e-6
+            )
+
+    @pytest.mark.parametrize("units", [1, 2])
+    def test_two_classes(self, digits, units):
+        x, y = digits[0], (digits[1] > 4).astype("int32")
+        callback = keras_milr.MutualInformationLR(probe_data=(x, y))
+        fit(callback, (x, y), make_model(units=units), epochs=5)
+        assert 0.4 < callback.history[-1]["value"] <= np.log(2)
+
+    def test_one_hot_labels(self, digits):
+        data = digits[0], np.eye(10, dtype="float32")[digits[1]]
+        model = make_model(loss="categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(probe_data=data)
+        fit(callback, data, model)
+        assert callback.history[-1]["value"] > 1.0
+
+    @pytest.mark.parametrize("units", [1, 10])
+    def test_logits(self, digits, units):
+        x, y = digits
+        y = (y > 4).astype("int32") if units == 1 else y
+        name = "Binary" if units == 1 else "SparseCategorical"
+        loss = getattr(keras.losses, name + "Crossentropy")(from_logits=True)
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(units)])
+        model.compile("adam", loss)
+        callback = keras_milr.MutualInformationLR(probe_data=(x, y))
+        fit(callback, (x, y), model)
+        p = model.predict(x, verbose=0)
+        predicted = p[:, 0] > 0 if units == 1 else p.argmax(axis=1)
+        assert callback.history[-1]["raw"] == pytest.approx(
+            mutual_info_score(y, predicted), abs=1e-4
+        )
+        assert callback.history[-1]["bound"] == pytest.approx(
+            max(
+                callback.history[-1]["entropy"] - model.evaluate(x, y, verbose=0), 0
+            ),
+            abs=1e-4,
+        )
+
+    def test_run_eagerly(self, digits):
+        model = make_model(run_eagerly=True, jit_compile=False)
+        callback = keras_milr.MutualInformationLR(halve, probe_data=digits)
+        fit(callback, (digits[0][:200], digits[1][:200]), model, epochs=2)
+        assert callback.history[-1]["rate"] == pytest.approx(5e-4)
+
+
+class TestBadInput:
+    """Each error comes before a single batch is trained."""
+
+    def raises(self, digits, message, model=None, error=ValueError, **arguments):
+        model = make_model() if model is None else model
+        before = model.get_weights()
+        arguments = {"probe_data": digits} | arguments
+        with pytest.raises(error, match=f"(?s){message}"):
+            fit(keras_milr.MutualInformationLR(**arguments), digits, model)
+        for old, new in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+    def test_neither_probe_nor_metric(self, digits):
+        message = (
+            r"probe_data=\(x_train, y_train\).*"
+            r"metrics=\[keras_milr.MutualInformation\(\)\]"
+        )
+        self.raises(digits, message, probe_data=None)
+        with_others = make_model(metrics=["accuracy"])
+        self.raises(digits, message, with_others, probe_data=None)
+
+    def test_monitor(self, digits):
+        model = make_model(metrics=[keras_milr.MutualInformation()])
+        message = "`monitor` must be one of.*'val_mutual_information'.*'val_loss'"
+        self.raises(digits, message, model, probe_data=None, monitor="val_loss")
+        self.raises(digits, "exclude each other", monitor="mutual_information")
+
+    def test_policies(self, digits):
+        self.raises(digits, "`policy` must be one of.*'cosine'", policy="cosine")
+        for bad in (np.nan, np.inf, -1e-3):
+            self.raises(
+                digits,
+                f"`policy` must return finite rates.*Received: {bad}",
+                policy=lambda r, bad=bad: r.rate * 0 + bad,
+            )
+        for result, received in (
+            (np.ones(3), r"shape \(3,\)"),
+            ("fast", "'fast'"),
+            (None, "None"),
+        ):
+            self.raises(
+                digits, f"`policy` must return.*{received}", policy=lambda r, v=result: v
+            )
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "`min_lr` must not be above"),
+            ({"min_lr": -1e-3}, ValueError, "`min_lr`.*at least 0.*-0.001"),
+            ({"min_lr": float("nan")}, ValueError, "`min_lr`.*nan"),
+            ({"max_lr": 0.0}, ValueError, "`max_lr`.*above 0"),
+            ({"max_lr": "high"}, TypeError, "`max_lr`.*of type str"),
+            ({"learning_rate": 0}, ValueError, "`learning_rate`.*above 0.*0"),
+            ({"learning_rate": -0.1}, ValueError, "`learning_rate`.*-0.1"),
+            ({"learning_rate": "fast"}, TypeError, "`learning_rate`.*of type str"),
+            ({"learning_rate": 0.1, "max_lr": 0.01}, ValueError, "between `min_lr`"),
+            ({"max_lr": 1e-5}, ValueError, "learning rate 0.001"),
+            ({"probe_size": 0}, ValueError, "`probe_size`.*at least 2"),
+            ({"probe_size": 19}, ValueError, "at least 2 for each class"),
+            ({"probe_size": 10.5}, ValueError, "`probe_size`.*integer"),
+            ({"update_freq": 0}, ValueError, "`update_freq`.*at least 1, or 'epoch'"),
+            ({"update_freq": "batch"}, ValueError, "`update_freq`.*'batch'"),
+            ({"update_freq": None}, TypeError, "`update_freq`.*NoneType"),
+            ({"reference": -1.0}, ValueError, "`reference`.*-1.0"),
+            ({"reference": lambda i: -1.0}, ValueError, "`reference` must return"),
+            ({"readout": "hidden"}, TypeError, "`readout` must be 'auto'"),
+        ],
+        ids=str,
+    )
+    def test_arguments(self, digits, arguments, error, message):
+        self.raises(digits, message, error=error, **arguments)
+
+    def test_data(self, digits):
+        x, y = digits
+        nan = x.copy()
+        nan[5, 5] = np.nan
+        for data, message in (
+            ((x, y[:-1]), "same length"),
+            ((x[:0], y[:0]), "`probe_data` is empty"),
+            (x, "must have labels"),
+            ((x, y - 1), r"whole numbers in \[0, 10\).*-1"),
+            ((x, y + 1), r"whole numbers in \[0, 10\).*10"),
+            ((x, np.zeros_like(y)), "at least two classes"),
+            ((nan, y), "must be finite.*1 NaN"),
+        ):
+            self.raises(digits, message, probe_data=data)
+
+    def test_a_schedule_in_the_optimizer(self, digits):
+        schedule = keras.optimizers.schedules.CosineDecay(0.01, 100)
+        model = make_model(keras.optimizers.Adam(schedule))
+        self.raises(digits, "LearningRateSchedule.*Compile with a number", model)
+
+    def test_an_optimizer_without_one_rate(self, digits):
+        multi = getattr(keras.optimizers, "MultiOptimizer", None)
+        if multi is None:
+            pytest.skip("this Keras has no MultiOptimizer")
+        model = make_model()
+        first, last = keras.optimizers.SGD(), keras.optimizers.SGD()
+        optimizer = multi([(first, model.layers[0]), (last, model.layers[-1])])
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        self.raises(digits, "one learning rate that can be set", model)
+
+    def test_a_single_output_that_is_no_probability(self, digits):
+        data = digits[0], (digits[1] > 4).astype("float32")
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+        self.raises(data, r"single output.*from_logits=True", model)
+
+    def test_metric_without_counts(self, digits):
+        model = make_model(metrics=[keras_milr.MutualInformation()])
+        data = digits[0], np.zeros_like(digits[1])
+        with pytest.raises(ValueError, match="fewer than two classes"):
+            fit(keras_milr.MutualInformationLR(), data, model)
+
+
+def test_outputs_that_are_no_probabilities_warn(digits):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    model.compile("adam", "mse")
+    data = digits[0], np.eye(10)[digits[1]]
+    callback = keras_milr.MutualInformationLR(probe_data=data)
+    with pytest.warns(UserWarning, match="outputs are not probabilities"):
+        fit(callback, data, model, epochs=1)
+    assert callback.history[-1]["information"] == callback.history[-1]["value"]
+    json.dumps(callback.history)
+
+
+def test_a_diverged_model_reads_as_knowing_nothing(digits):
+    model = make_model("sgd")
+    callback = keras_milr.MutualInformationLR(
+        lambda r: r.rate, digits, learning_rate=1e30, verbose=0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(callback, digits, model, epochs=1)
+    assert callback.history[-1]["information"] == 0
+    assert callback.history[-1]["entropy"] > 2.3
+
+
+def test_config(digits):
+    callback = keras_milr.MutualInformationLR(
+        policies.ReferenceLevel(share=0.2),
+        digits,
+        probe_size=100,
+        readout=readouts.Predictions(from_logits=True),
+        max_lr=0.1,
+        update_freq=7,
+        seed=3,
+    )
+    config = callback.get_config()
+    json.dumps(config)
+    again = keras_milr.MutualInformationLR.from_config(config, probe_data=digits)
+    assert again.get_config() == config
+    assert again._policy.share == 0.2
+    assert again.readout.from_logits is True

@@ -1,0 +1,173 @@
+import keras
+import numpy as np
+import pytest
+from sklearn.metrics import mutual_info_score
+
+import keras_milr
+
+
+def make_model(units=10, loss="sparse_categorical_crossentropy", **arguments):
+    activation = "sigmoid" if units == 1 else "softmax"
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(units, activation=activation)]
+    )
+    arguments = {"metrics": [keras_milr.MutualInformation()]} | arguments
+    model.compile(keras.optimizers.Adam(0.01), loss, **arguments)
+    return model
+
+
+def information(model, x, y, **arguments):
+    return model.evaluate(x, y, verbose=0, return_dict=True, **arguments)[
+        "mutual_information"
+    ]
+
+
+def predicted(model, x):
+    p = model.predict(x, verbose=0)
+    return p[:, 0] > 0.5 if p.shape[1] == 1 else p.argmax(axis=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jit_compile": True},
+        {"jit_compile": False},
+        {"run_eagerly": True, "jit_compile": False},
+        {"steps_per_execution": 7},
+    ],
+    ids=str,
+)
+def test_equals_scikit_learn(digits, options):
+    x, y = digits
+    model = make_model(**options)
+    model.fit(x, y, epochs=2, verbose=0)
+    expected = mutual_info_score(y, predicted(model, x))
+    for batch_size in (50, 1797):
+        assert information(model, x, y, batch_size=batch_size) == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
+def test_labels(digits):
+    x, y = digits
+    sparse = make_model()
+    expected = mutual_info_score(y, predicted(sparse, x))
+    assert information(sparse, x, y[:, None]) == pytest.approx(expected, abs=1e-5)
+    one_hot = make_model(loss="categorical_crossentropy")
+    one_hot.set_weights(sparse.get_weights())
+    assert information(one_hot, x, np.eye(10)[y]) == pytest.approx(expected, abs=1e-5)
+    even = (y % 2).astype("float32")
+    for labels in (even, even[:, None]):
+        binary = make_model(1, "binary_crossentropy")
+        assert information(binary, x, labels) == pytest.approx(
+            mutual_info_score(even, predicted(binary, x)), abs=1e-5
+        )
+
+
+def test_single_logit():
+    y, logits = np.array([0, 0, 1, 1]), np.array([[-1.0], [0.2], [0.3], [2.0]])
+    metric = keras_milr.MutualInformation(from_logits=True)
+    assert float(metric(y, logits)) == pytest.approx(
+        mutual_info_score(y, [0, 1, 1, 1]), abs=1e-6
+    )
+
+
+def test_sample_weights(digits):
+    x, y = digits
+    weight = np.random.default_rng(0).integers(0, 4, len(y)).astype("float32")
+    model = make_model(
+        metrics=None, weighted_metrics=[keras_milr.MutualInformation()]
+    )
+    repeated = np.repeat(np.arange(len(y)), weight.astype(int))
+    assert information(model, x, y, sample_weight=weight) == pytest.approx(
+        mutual_info_score(y[repeated], predicted(model, x)[repeated]), abs=1e-5
+    )
+
+
+def test_updates_add_up_and_reset():
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 3, 600), rng.random((600, 3))
+    whole, parts = keras_milr.MutualInformation(), keras_milr.MutualInformation()
+    assert float(whole.result()) == 0
+    whole.update_state(y, p)
+    for i in range(0, 600, 100):
+        parts.update_state(y[i : i + 100], p[i : i + 100])
+    assert float(whole.result()) == pytest.approx(float(parts.result()))
+    np.testing.assert_array_equal(whole.counts, parts.counts)
+    parts.reset_state()
+    assert float(parts.result()) == 0
+    parts.update_state(y[:300], p[:300])
+    assert np.sum(parts.counts) == 300
+
+
+def test_counts_stay_exact_over_millions():
+    metric = keras_milr.MutualInformation()
+    y = np.tile([0, 1], 500_000)
+    p = np.eye(2, dtype="float32")[y]
+    for _ in range(10):
+        metric.update_state(y, p)
+    np.testing.assert_array_equal(
+        metric.counts, [[5_000_000, 0], [0, 5_000_000], [0, 0]]
+    )
+
+
+def test_mixed_precision_counts_in_float32(digits):
+    x, y = digits
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = make_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.evaluate(x, y, verbose=0)
+    (table,) = (m for m in model.metrics[-1].metrics if "mutual" in m.name)
+    assert np.sum(table.counts) == len(y)  # bfloat16 would stop at 256
+
+
+def test_predictions_that_are_not_finite_are_counted_as_none():
+    metric = keras_milr.MutualInformation()
+    p = np.array([[0.9, 0.1], [np.nan, 0.1], [0.2, 0.8], [np.inf, 0.0]])
+    metric.update_state([0, 0, 1, 1], p)
+    np.testing.assert_array_equal(metric.counts, [[1, 0], [0, 1], [1, 1]])
+
+
+@pytest.mark.parametrize("monitor", ["val_mutual_information", "mutual_information"])
+def test_early_stopping_infers_the_direction(digits, monitor):
+    model = make_model()
+    stop = keras.callbacks.EarlyStopping(monitor=monitor, patience=1)
+    history = model.fit(
+        *digits, epochs=4, validation_split=0.2, verbose=0, callbacks=[stop]
+    )
+    # It rises; taken as something to minimise it would stop in the second epoch.
+    assert len(history.history["loss"]) == 4
+
+
+def test_saved_and_loaded_with_the_model(digits, tmp_path):
+    x, y = digits
+    model = make_model()
+    model.fit(x, y, epochs=1, verbose=0)
+    expected = information(model, x, y)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert information(loaded, x, y) == pytest.approx(expected, abs=1e-6)
+    loaded.fit(x, y, epochs=1, verbose=0)
+    assert information(loaded, x, y) > expected
+
+
+def test_config():
+    metric = keras_milr.MutualInformation(name="mi", from_logits=True)
+    config = keras.saving.serialize_keras_object(metric)
+    again = keras.saving.deserialize_keras_object(config)
+    assert again.get_config() == metric.get_config()
+    assert again.name == "mi"
+    assert again.from_logits is True
+
+
+def test_bad_shapes():
+    metric = keras_milr.MutualInformation()
+    with pytest.raises(ValueError, match=r"outputs of shape \(n, units\)"):
+        metric.update_state([0, 1], np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match="labels must be class ids"):
+        metric.update_state(np.zeros((2, 5)), np.zeros((2, 3)))
+    metric.update_state([0, 1], np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="has counted 3 classes so far"):
+        metric.update_state([0, 1], np.zeros((2, 4)))

@@ -1,0 +1,249 @@
+import keras
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from keras_milr import policies
+from tests import reference
+
+POLICIES = [
+    (policies.RelativeChange, reference.relative_change),
+    (policies.ReferenceLevel, reference.reference_level),
+]
+BOTH = pytest.mark.parametrize("policy", [cls() for cls, _ in POLICIES])
+
+# What a training can produce: information within [0, reference], a rate not above
+# its peak; units of about a nat.
+nats = st.floats(0, 1)
+
+
+@st.composite
+def readings(draw, size=1):
+    def array(strategy):
+        return np.array([draw(strategy) for _ in range(size)], "float64")
+
+    ceiling = array(st.floats(0.05, 7))
+    peak = array(st.floats(1e-6, 10))
+    information, previous = array(nats) * ceiling, array(nats) * ceiling
+    step = draw(st.integers(1, 30))
+    return policies.Reading(
+        rate=peak * array(st.sampled_from([1.0, 1.0, 0.5, 0.011, 1e-3])),
+        start_rate=peak * array(st.sampled_from([1.0, 0.1])),
+        peak_rate=peak,
+        information=information,
+        previous=previous,
+        best=np.maximum(information, previous),
+        reference=ceiling,
+        noise=array(st.sampled_from([0.0, 1e-3, 0.01, 0.1])) * ceiling,
+        step=step,
+        steps=draw(st.sampled_from([None, 30])),
+        rollbacks=draw(st.sampled_from([0, 0, 1])),
+    )
+
+
+def entry(reading, i):
+    """The i-th rate's part of a reading, as scalars."""
+    return {
+        name: float(value[i]) if isinstance(value, np.ndarray) else value
+        for name, value in reading._asdict().items()
+    }
+
+
+@pytest.mark.parametrize(("policy", "plain"), POLICIES)
+@given(reading=readings(size=4))
+def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
+    """The same code for one rate and for many."""
+    rates = policy()(reading)
+    assert rates.shape == (4,)
+    expected = [plain(entry(reading, i)) for i in range(4)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+@BOTH
+@given(reading=readings(), unit=st.sampled_from([1 / np.log(2), 1e-3, 1e3]))
+def test_unit_free(policy, reading, unit):
+    """Nats or bits, the rates are the same."""
+    fields = ("information", "previous", "best", "reference", "noise")
+    other = reading._replace(**{f: getattr(reading, f) * unit for f in fields})
+    # Away from the thresholds, where rounding may tip the balance.
+    change = np.abs(reading.information - reading.previous)
+    missing = reading.reference - reading.information
+    gain = change / np.maximum(reading.reference - reading.previous, 1e-9)
+    for value, threshold in (
+        (change, reading.noise),
+        (missing, np.maximum(0.02 * reading.reference, reading.noise)),
+        (reading.information, 0.5 * reading.reference),
+        (gain, 0.1),
+    ):
+        assume(np.all(np.abs(value - threshold) > 1e-6 * reading.reference))
+    np.testing.assert_allclose(policy(other), policy(reading), rtol=1e-6)
+
+
+@BOTH
+@given(reading=readings())
+def test_the_rate_itself_only_scales(policy, reading):
+    fields = ("rate", "start_rate", "peak_rate")
+    other = reading._replace(**{f: getattr(reading, f) * 1024 for f in fields})
+    np.testing.assert_allclose(policy(other), 1024 * policy(reading), rtol=1e-12)
+
+
+@BOTH
+@given(reading=readings())
+def test_bounded_per_step(policy, reading):
+    factor = policy(reading) / reading.rate
+    low, high = {"RelativeChange": (1 / 1.5, 1.5), "ReferenceLevel": (0.5, 3)}[
+        type(policy).__name__
+    ]
+    assert np.all(np.isfinite(factor))
+    assert low * (1 - 1e-12) <= factor <= high * (1 + 1e-12)
+
+
+@BOTH
+@given(reading=readings(), share=st.floats(-1, 1))
+def test_blind_to_changes_within_the_noise(policy, reading, share):
+    still = reading._replace(previous=reading.information)
+    assume(np.all(reading.information > 2 * reading.noise))
+    moved = still._replace(previous=still.information - share * 0.999 * still.noise)
+    # Only the relative change's denominator feels `previous`, and 0 over it is 0.
+    np.testing.assert_array_equal(policy(moved), policy(still))
+
+
+@BOTH
+@given(reading=readings(), tiny=st.sampled_from([0.0, 1e-300, 1e-12]))
+def test_a_start_without_information_does_not_explode(policy, reading, tiny):
+    start = reading._replace(previous=np.full(1, tiny), noise=np.zeros(1))
+    rate = policy(start)
+    assert np.all(np.isfinite(rate))
+    assert rate <= 3 * reading.rate * (1 + 1e-12)
+    # Growth out of nothing is measured against the floor, not against nothing.
+    slight = start._replace(information=1e-3 * start.reference)
+    if isinstance(policy, policies.RelativeChange):
+        assert policy(slight) < 1.01 * reading.rate
+
+
+@BOTH
+@given(reading=readings())
+def test_no_hidden_state(policy, reading):
+    first = policy(reading)
+    policy(reading._replace(information=reading.reference, step=reading.step + 1))
+    np.testing.assert_array_equal(policy(reading), first)
+    np.testing.assert_array_equal(type(policy)()(reading), first)
+
+
+def make_reading(**changes):
+    values = {
+        "rate": 0.01, "start_rate": 0.01, "peak_rate": 0.01, "information": 1.5,
+        "previous": 1.0, "best": 1.5, "reference": 2.0, "noise": 0.01,
+    } | {k: v for k, v in changes.items() if k not in ("step", "steps", "rollbacks")}  # fmt: skip
+    scalars = {"step": 20, "steps": None, "rollbacks": 0}
+    scalars |= {k: v for k, v in changes.items() if k in scalars}
+    return policies.Reading(**{k: np.array([v]) for k, v in values.items()}, **scalars)
+
+
+class TestRelativeChange:
+    policy = staticmethod(policies.RelativeChange())
+
+    def test_follows_the_change_up_and_down(self):
+        assert self.policy(make_reading(previous=1.2)) > 0.01
+        assert self.policy(make_reading(previous=1.49)) < 0.01
+        falls = self.policy(make_reading(previous=1.8))
+        assert falls < self.policy(make_reading(previous=1.5))
+
+    def test_keeps_the_rate_at_the_expected_growth(self):
+        reading = make_reading(previous=1.0, information=1.05, noise=0.0)
+        assert self.policy(reading)[0] == pytest.approx(0.01)
+
+
+class TestReferenceLevel:
+    policy = staticmethod(policies.ReferenceLevel())
+
+    def test_keeps_the_rate_while_a_reading_gains_its_share(self):
+        assert self.policy(make_reading(previous=1.4)) == 0.01  # 0.1 of 0.6 missing
+
+    def test_cuts_as_the_share_shrinks(self):
+        # 0.035 of 0.535 missing is 0.654 of the share.
+        rate = self.policy(make_reading(previous=1.465))
+        assert rate[0] == pytest.approx(0.01 * 0.035 / 0.535 / 0.1)
+        assert self.policy(make_reading(previous=1.5)) == 0.005
+        assert self.policy(make_reading(previous=1.9)) == 0.005
+
+    def test_holds_once_nothing_is_missing(self):
+        for missing in (0.039, 0.0, -0.5):  # below 2 % of the reference, or above it
+            reading = make_reading(information=2 - missing, previous=2.0)
+            assert self.policy(reading) == 0.01
+        noisy = make_reading(information=1.8, previous=1.8, noise=0.21)
+        assert self.policy(noisy) == 0.01
+
+    def test_floor(self):
+        at_floor = make_reading(rate=1.5e-4, previous=1.5)
+        assert self.policy(at_floor) == pytest.approx(1e-4)
+        # A rate that somebody set below the floor is not raised to it.
+        assert self.policy(make_reading(rate=1e-5, previous=1.5)) == 1e-5
+
+    def test_grows_early(self):
+        early = {"step": 3, "previous": 0.5, "information": 0.9}
+        assert self.policy(make_reading(**early)) == pytest.approx(0.03)
+        late = early | {"information": 1.5}
+        assert self.policy(make_reading(**late)) == pytest.approx(0.02)
+        no_change = early | {"previous": 0.9}
+        assert self.policy(make_reading(**no_change)) == pytest.approx(0.03)
+        for reason in (
+            {"step": 9},
+            {"rollbacks": 1},
+            {"peak_rate": 0.02},
+            {"previous": 1.0},
+        ):
+            assert self.policy(make_reading(**early | reason)) <= 0.01
+        never = policies.ReferenceLevel(grow_steps=0)
+        assert never(make_reading(**early)) == 0.01
+
+
+def test_get():
+    assert isinstance(policies.get("relative"), policies.RelativeChange)
+    assert isinstance(policies.get("reference"), policies.ReferenceLevel)
+
+    def own(reading):
+        return reading.rate
+
+    assert policies.get(own) is own
+    policy = policies.ReferenceLevel(share=0.2, grow_steps=0)
+    config = keras.saving.serialize_keras_object(policy)
+    again = policies.get(config)
+    assert again.get_config() == policy.get_config()
+    assert repr(again) == (
+        "ReferenceLevel(share=0.2, cut=0.5, hold=0.02, floor=0.01, grow_steps=0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("identifier", "error"),
+    [
+        ("decay!", ValueError),
+        (3, TypeError),
+        (None, TypeError),
+        (policies.RelativeChange, TypeError),
+    ],
+)
+def test_unknown_policies(identifier, error):
+    with pytest.raises(error, match=r"`policy` must be one of \['reference', 'relat"):
+        policies.get(identifier)
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "value"),
+    [
+        (policies.RelativeChange, "expected", -0.1),
+        (policies.RelativeChange, "floor", 0),
+        (policies.RelativeChange, "max_factor", 1.0),
+        (policies.RelativeChange, "max_factor", float("inf")),
+        (policies.ReferenceLevel, "share", 0),
+        (policies.ReferenceLevel, "cut", 1.5),
+        (policies.ReferenceLevel, "hold", 1.0),
+        (policies.ReferenceLevel, "floor", float("nan")),
+        (policies.ReferenceLevel, "grow_steps", -1),
+    ],
+)
+def test_bad_constants(policy, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .* Received: {name}="):
+        policy(**{name: value})

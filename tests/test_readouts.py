@@ -1,0 +1,196 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.metrics import log_loss, mutual_info_score
+
+from keras_milr import information, readouts
+from tests import reference
+
+
+def sample(classes, n, seed=0, sharpness=2.0):
+    """Labels, and probabilities that know something about them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    logits = rng.normal(size=(n, classes)) + sharpness * np.eye(classes)[labels]
+    p = np.exp(logits)
+    return (p / p.sum(axis=1, keepdims=True)).astype("float32"), labels
+
+
+def streamed(readout, outputs, labels, num_classes, batch):
+    """Through a compiled update, batch by batch."""
+    update = tf.function(readout.update, jit_compile=True)
+    state = readout.init(num_classes)
+    for i in range(0, len(labels), batch):
+        y = tf.constant(labels[i : i + batch], "int32")
+        state = update(state, tf.constant(outputs[i : i + batch]), y)
+    return readout.finish(state)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_equals_independent_references(classes):
+    outputs, labels = sample(classes, 3000)
+    info = readouts.Predictions().measure(outputs, labels, classes)
+    predicted = outputs.argmax(axis=1)
+    table = reference.contingency(predicted, labels, classes, classes)
+    entropy = reference.entropy(np.bincount(labels))
+    assert info.raw == pytest.approx(mutual_info_score(labels, predicted), abs=1e-6)
+    assert info.value == pytest.approx(
+        reference.mutual_information(table, "miller_madow"), abs=1e-6
+    )
+    assert info.entropy == pytest.approx(entropy, abs=1e-6)
+    assert info.stderr == pytest.approx(reference.standard_error(table), abs=1e-6)
+    assert info.bound == pytest.approx(entropy - log_loss(labels, outputs), abs=1e-5)
+    assert info.bound_stderr == pytest.approx(
+        reference.h_minus_ce(outputs, labels)[1], abs=1e-5
+    )
+    assert info.estimator == "counts"
+    assert info.accessible == max(info.value, info.bound)
+
+
+def test_streaming_changes_nothing():
+    outputs, labels = sample(5, 1000)
+    readout = readouts.Predictions()
+    whole = readout.measure(outputs, labels, 5)
+    for batch in (1000, 250, 125):
+        parts = streamed(readout, outputs, labels, 5, batch)
+        np.testing.assert_allclose(parts[:-1], whole[:-1], atol=1e-5)
+
+
+def test_one_unit_is_two_classes():
+    outputs, labels = sample(2, 2000)
+    both = readouts.Predictions().measure(outputs, labels, 2)
+    single = readouts.Predictions().measure(outputs[:, 1:], labels, 2)
+    np.testing.assert_allclose(single[:-1], both[:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("units", [1, 2, 4])
+def test_logits_are_read_as_probabilities_are(units):
+    outputs, labels = sample(max(units, 2), 1000)
+    p = outputs[:, 1:] if units == 1 else outputs
+    logits = np.log(p / (1 - p)) if units == 1 else np.log(p) + 3.0
+    classes = max(units, 2)
+    from_p = readouts.Predictions().measure(p, labels, classes)
+    from_logits = readouts.Predictions(from_logits=True).measure(
+        logits, labels, classes
+    )
+    np.testing.assert_allclose(from_logits[:-1], from_p[:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_outputs_are_counted_in_float32(dtype):
+    # More samples of one kind than half precision can count (2048, 256).
+    outputs = np.tile(np.array([[0.9, 0.1], [0.2, 0.8]], "float32"), (5000, 1))
+    labels = np.tile([0, 1], 5000)
+    half = tf.cast(outputs, dtype)
+    info = readouts.Predictions().measure(half, labels, 2)
+    assert info.raw == pytest.approx(np.log(2), abs=1e-6)
+    assert info.bound == pytest.approx(
+        np.log(2) + (np.log(0.9) + np.log(0.8)) / 2, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("weighted_rows", [slice(0, 300), slice(None)])
+def test_weights_are_counts(weighted_rows):
+    outputs, labels = sample(3, 600)
+    weight = np.ones(600, "float32")
+    weight[weighted_rows] = 2.0
+    readout = readouts.Predictions()
+    state = readout.update(readout.init(3), outputs, labels, weight)
+    repeated = np.repeat(np.arange(600), weight.astype(int))
+    expected = readout.measure(outputs[repeated], labels[repeated], 3)
+    np.testing.assert_allclose(readout.finish(state)[:-1], expected[:-1], atol=1e-5)
+
+
+def test_shuffled_labels_have_no_information():
+    outputs, labels = sample(10, 4000)
+    shuffled = np.random.default_rng(1).permutation(labels)
+    info = readouts.Predictions().measure(outputs, shuffled, 10)
+    assert info.value < 4 * info.null / np.sqrt(40)  # 81 degrees of freedom
+    assert info.bound == 0
+    assert info.raw == pytest.approx(info.null, rel=0.5)
+
+
+def test_unknown_outputs_say_nothing_but_are_counted():
+    outputs, labels = sample(4, 1000)
+    all_nan = readouts.Predictions().measure(np.full_like(outputs, np.nan), labels, 4)
+    assert all_nan.value == all_nan.bound == all_nan.accessible == 0
+    outputs[:500] = np.inf
+    half = streamed(readouts.Predictions(), outputs, labels, 4, 250)
+    predicted = np.where(np.arange(1000) < 500, 4, outputs.argmax(axis=1))
+    assert half.raw == pytest.approx(mutual_info_score(labels, predicted), abs=1e-6)
+    assert half.entropy == pytest.approx(reference.entropy(np.bincount(labels)))
+
+
+def test_outputs_that_are_no_probabilities_have_no_bound():
+    outputs, labels = sample(3, 300)
+    info = readouts.Predictions().measure(np.log(outputs), labels, 3)
+    assert np.isnan(info.bound)
+    assert info.accessible == info.value > 0
+    assert info.accessible_stderr == info.stderr
+
+
+class TestManyClasses:
+    def test_counts_serve_from_five_samples_a_cell(self):
+        for n, estimator in ((500, "counts"), (499, "bound")):
+            outputs, labels = sample(10, n)
+            labels[:10] = np.arange(10)
+            info = readouts.Predictions().measure(outputs, labels, 10)
+            assert info.estimator == estimator
+
+    def test_only_classes_that_occur_matter(self):
+        outputs, labels = sample(100, 2000)
+        info = readouts.Predictions().measure(outputs, labels % 10, 100)
+        assert info.estimator == "counts"
+
+    def test_the_bound_replaces_the_biased_count(self):
+        outputs, labels = sample(200, 2000, sharpness=0.0)  # knows nothing
+        info = readouts.Predictions().measure(outputs, labels, 200)
+        assert info.raw > 2.0
+        assert info.estimator == "bound"
+        assert info.value == info.bound == 0
+
+    def test_fano_without_probabilities(self):
+        classes, error, n = 100, 0.3, 10_000
+        rng = np.random.default_rng(0)
+        labels = np.arange(n) % classes
+        wrong = (labels + rng.integers(1, classes, n)) % classes
+        predicted = np.where(np.arange(n) % 10 < 3, wrong, labels)
+        outputs = 5.0 * np.eye(classes)[predicted] - 1.0
+        info = readouts.Predictions().measure(outputs, labels, classes)
+        assert info.estimator == "fano"
+        # Sharp for the symmetric channel: log K − h(e) − e log(K − 1).
+        truth = np.log(classes) + (
+            error * np.log(error / (classes - 1)) + (1 - error) * np.log(1 - error)
+        )
+        assert info.value == pytest.approx(truth, abs=1e-6)
+        slope = np.log((1 - error) * (classes - 1) / error)
+        assert info.stderr == pytest.approx(slope * np.sqrt(error * (1 - error) / n))
+
+
+def test_serialises():
+    readout = readouts.Predictions(from_logits=True)
+    config = keras.saving.serialize_keras_object(readout)
+    assert keras.saving.deserialize_keras_object(config).from_logits is True
+
+
+def test_bad_input():
+    outputs, labels = sample(3, 30)
+    readout = readouts.Predictions()
+    with pytest.raises(ValueError, match=r"`outputs` must have shape \(n, 4\)"):
+        readout.measure(outputs, labels, 4)
+    with pytest.raises(ValueError, match=r"`outputs` must have shape \(n, 3\)"):
+        readout.measure(outputs[:, :, None], labels, 3)
+    with pytest.raises(ValueError, match=r"whole numbers in \[0, 3\)"):
+        readout.measure(outputs, labels + 1, 3)
+    with pytest.raises(ValueError, match="same length"):
+        readout.measure(outputs, labels[:-1], 3)
+    with pytest.raises(ValueError, match="outputs of shape"):
+        readout.update(readout.init(3), outputs[:, :, None], labels)
+
+
+def test_null_and_raw_come_from_the_same_table():
+    outputs, labels = sample(3, 600)
+    table = information.contingency(outputs.argmax(axis=1), labels, 3, 3)
+    info = readouts.Predictions().measure(outputs, labels, 3)
+    assert info.null == pytest.approx(float(information.null_level(table)))
