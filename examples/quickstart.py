@@ -38,14 +38,24 @@ def parse_arguments():
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--seeds", type=int, default=3, help="number of repetitions")
     parser.add_argument("--output", type=Path, default=None, help="figure to write")
-    arguments = parser.parse_args()
-    if arguments.output is None:
-        arguments.output = Path("results") / f"quickstart-{arguments.dataset}.png"
+    return parser.parse_args()
+
+
+def load_for(arguments):
+    """The data, and what else depends on which data they are."""
+    try:
+        data = load(arguments.dataset)
+    except Exception as error:  # What Keras raises when a download fails.
+        print(f"{arguments.dataset} cannot be had, so digits instead: {error}")
+        arguments.dataset = "digits"
+        data = load(arguments.dataset)
     if arguments.model == "auto":
         arguments.model = "mlp" if arguments.dataset == "digits" else "cnn"
     if arguments.batch_size is None:
         arguments.batch_size = 32 if arguments.model == "mlp" else 128
-    return arguments
+    if arguments.output is None:
+        arguments.output = Path("results") / f"quickstart-{arguments.dataset}.png"
+    return data
 
 
 def load(name):
@@ -67,18 +77,18 @@ def split(x, y, share):
     return (x, y), (x_held, y_held)
 
 
-def build_model(kind, input_shape, arguments):
+def build_model(kind, input_shape, optimizer, learning_rate):
     layers = [keras.Input(input_shape)]
     if kind == "cnn":
         for filters in (32, 64):
             layers.append(keras.layers.Conv2D(filters, 3, activation="relu"))
-            layers.append(keras.layers.MaxPooling2D())
+            layers.append(keras.layers.MaxPooling2D(padding="same"))
     layers.append(keras.layers.Flatten())
     layers.append(keras.layers.Dense(128, activation="relu"))
     layers.append(keras.layers.Dense(10, activation="softmax"))
     model = keras.Sequential(layers)
-    optimizer = keras.optimizers.get(arguments.optimizer)
-    optimizer.learning_rate = arguments.learning_rate
+    optimizer = keras.optimizers.get(optimizer)
+    optimizer.learning_rate = learning_rate
     model.compile(
         optimizer=optimizer,
         loss="sparse_categorical_crossentropy",
@@ -106,7 +116,12 @@ def methods(train):
 def run(method, seed, data, arguments, progress):
     train, validation, test = data
     keras.utils.set_random_seed(seed)
-    model = build_model(arguments.model, train[0].shape[1:], arguments)
+    model = build_model(
+        arguments.model,
+        train[0].shape[1:],
+        arguments.optimizer,
+        arguments.learning_rate,
+    )
     callback = method()
     started = time.perf_counter()
     history = model.fit(
@@ -136,8 +151,10 @@ def print_table(results):
         f"{'seconds':>8} {'test MI (nats)':>15}"
     )
     for name, runs in results.items():
-        mean = {k: np.mean([r[k] for r in runs]) for k in runs[0] if k != "name"}
-        spread = np.std([r["accuracy"] for r in runs], ddof=min(1, len(runs) - 1))
+        columns = ("accuracy", "best_epoch", "seconds", "information")
+        mean = {key: np.mean([r[key] for r in runs]) for key in columns}
+        accuracies = [r["accuracy"] for r in runs]
+        spread = np.std(accuracies, ddof=1) if len(runs) > 1 else float("nan")
         print(
             f"{name:<18} {mean['accuracy']:>9.4f} ±{spread:.4f} "
             f"{mean['best_epoch']:>11.1f} {mean['seconds']:>8.1f} "
@@ -151,17 +168,15 @@ def write_figure(results, entropy, arguments):
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 3.8), layout="constrained"
     )
-    for name, runs in results.items():
+    for (name, runs), style in zip(results.items(), ("-", ":", "-", "-"), strict=True):
         epochs = np.arange(1, len(runs[0]["curve"]) + 1)
         curves = np.array([r["curve"] for r in runs])
-        (line,) = left.plot(epochs, curves.mean(axis=0), label=name)
-        left.fill_between(
-            epochs, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15
-        )
+        (line,) = left.plot(epochs, curves.mean(axis=0), style, lw=2, label=name)
+        look = {"color": line.get_color(), "alpha": 0.8}
+        low, high = curves.min(axis=0), curves.max(axis=0)
+        left.fill_between(epochs, low, high, **look | {"alpha": 0.15})
         for r in runs:
-            right.step(
-                epochs, r["rates"], color=line.get_color(), where="mid", alpha=0.8
-            )
+            right.step(epochs, r["rates"], style, where="mid", **look)
     left.axhline(entropy, color="k", ls="--", lw=1, label="H(Y)")
     left.set(xlabel="epoch", ylabel="validation MI (nats)")
     left.legend(frameon=False)
@@ -171,7 +186,7 @@ def write_figure(results, entropy, arguments):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{arguments.dataset}, {arguments.model}, {arguments.optimizer}, "
-        f"{arguments.seeds} seed(s)"
+        f"{arguments.seeds} seed(s): mean, and range as a band"
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output, dpi=120)
@@ -180,11 +195,13 @@ def write_figure(results, entropy, arguments):
 
 def main():
     arguments = parse_arguments()
-    data = load(arguments.dataset)
+    data = load_for(arguments)
+    sizes = [len(labels) for _, labels in data]
     print(
-        f"{arguments.dataset}: {len(data[0][0])} training, {len(data[1][0])} validation, "
-        f"{len(data[2][0])} test samples; {arguments.model}, {arguments.optimizer} at "
-        f"{arguments.learning_rate:g}, {arguments.epochs} epochs, {arguments.seeds} seed(s)"
+        f"{arguments.dataset}: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} "
+        f"test samples; {arguments.model}, {arguments.optimizer} at "
+        f"{arguments.learning_rate:g}, {arguments.epochs} epochs, "
+        f"{arguments.seeds} seed(s)"
     )
     named = methods(data[0])
     bar = keras.utils.Progbar(

@@ -1,7 +1,6 @@
 """The callback that sets the learning rate from mutual information."""
 
 import math
-import numbers
 import warnings
 
 import keras
@@ -9,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from keras_milr import policies, probe, readouts
+from keras_milr._arguments import check_integer, check_number
 from keras_milr.metrics import MetricTable
 
 
@@ -28,8 +28,8 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     It adds to the logs of each epoch `learning_rate`, the rate that the epoch was
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
-    bias) and `probe_information` (what the policy sees), both after the epoch. Callbacks
-    that use these keys must stand later in the list, and
+    bias) and `probe_information` (what the policy sees), both after the epoch.
+    Callbacks that use these keys must stand later in the list, and
     `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
 
     Example:
@@ -107,20 +107,28 @@ class MutualInformationLR(keras.callbacks.Callback):
         verbose=0,
     ):
         super().__init__()
-        _check_integer("probe_size", probe_size, 2)
+        check_integer("probe_size", probe_size, at_least=2)
+        check_integer("seed", seed, at_least=0)
         if update_freq != "epoch":
-            _check_integer("update_freq", update_freq, 1, or_else="'epoch'")
-        _check_number("min_lr", min_lr, allow_zero=True)
-        for name, value in (("max_lr", max_lr), ("learning_rate", learning_rate)):
-            if value is not None:
-                _check_number(name, value)
-        if max_lr is not None and min_lr > max_lr:
-            raise ValueError(
-                "Argument `min_lr` must not be above `max_lr`. "
-                f"Received: min_lr={min_lr}, max_lr={max_lr}"
-            )
+            check_integer("update_freq", update_freq, at_least=1, or_else="'epoch'")
+        check_number("min_lr", min_lr, at_least=0)
+        if max_lr is not None:
+            check_number("max_lr", max_lr, above=0)
+            if min_lr > max_lr:
+                raise ValueError(
+                    "Argument `min_lr` must not be above `max_lr`. "
+                    f"Received: min_lr={min_lr}, max_lr={max_lr}"
+                )
+        if learning_rate is not None:
+            check_number("learning_rate", learning_rate, above=0)
         if reference is not None and not callable(reference):
-            _check_number("reference", reference)
+            check_number("reference", reference, above=0)
+        if update_freq != "epoch" and str(monitor).startswith("val_"):
+            raise ValueError(
+                "A metric on the validation data changes once an epoch: "
+                "`update_freq` must be 'epoch' with it. "
+                f"Received: update_freq={update_freq!r}, monitor={monitor!r}"
+            )
         if readout != "auto" and not isinstance(readout, readouts.Predictions):
             raise TypeError(
                 "Argument `readout` must be 'auto' or a readouts.Predictions. "
@@ -150,7 +158,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.async_safe = update_freq == "epoch"
         self._policy = policies.get(policy)
         self._sample = None
-        self._source = None
+        # What is measured: one of the two while `fit` runs.
+        self._probe = None
+        self._table = None
 
     def on_train_begin(self, logs=None):
         self.history = []
@@ -160,15 +170,15 @@ class MutualInformationLR(keras.callbacks.Callback):
             rate = self._set_rate(self.learning_rate)
         self._check_bounds(rate)
         if self.probe_data is None:
-            self._source = MetricTable(self.model, self.monitor)
+            self._table = MetricTable(self.model, self.monitor)
         else:
-            self._source = self._make_probe()
+            self._probe = self._make_probe()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._batch = 0
-        if isinstance(self._source, MetricTable):
-            self._source.begin_epoch()
+        if self._table is not None:
+            self._table.begin_epoch()
         # Not in `on_train_begin`: a callback after this one may restore a backup there.
         if not self._started:
             self._started = True
@@ -185,20 +195,20 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._update()
 
     def on_test_begin(self, logs=None):
-        if isinstance(self._source, MetricTable):
-            self._source.begin_validation()
+        if self._table is not None:
+            self._table.begin_validation()
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
         logs["learning_rate"] = self._rate()
         if self.update_freq == "epoch":
             self._update(epoch_ended=True)
-        if isinstance(self._source, probe.Probe):
+        if self._probe is not None:
             logs["probe_mutual_information"] = self._last.value
             logs["probe_information"] = self._last.accessible
 
     def on_train_end(self, logs=None):
-        self._source = None  # Frees the probe's memory on the device.
+        self._probe = self._table = None  # Frees the memory on the device.
 
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
@@ -209,28 +219,26 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._step = 0
         self._steps = self._planned_steps(epoch)
         self._since_reading = 0
-        # Without a probe nothing is known yet, and stands at nothing known.
-        self._previous = self._best = 0.0
-        if isinstance(self._source, probe.Probe):
-            info = self._source.measure()
+        # A metric has counted nothing yet: nothing is known, of one bit.
+        info = readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)
+        if self._probe is not None:
+            info = self._probe.measure()
             self._check_first(info)
-            self._previous = self._best = info.accessible
-        else:
-            info = readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)
+        self._previous = self._best = info.accessible
         reading = self._read(info)
-        if isinstance(self._source, probe.Probe):
+        if self._probe is not None:
             self._record(reading, info)
         # A fault of the policy shows now and not after an epoch.
         self._next_rate(reading)
 
     def _update(self, epoch_ended=False):
         """Takes a reading and sets the next rate."""
-        if isinstance(self._source, MetricTable):
-            info = self._source.measure(epoch_ended)
-            if info is None:  # An epoch without validation.
-                return
+        if self._probe is not None:
+            info = self._probe.measure()
         else:
-            info = self._source.measure()
+            info = self._table.measure(epoch_ended)
+        if info is None:  # An epoch without validation.
+            return
         self._step += 1
         reading = self._read(info)
         self._record(reading, info)
@@ -280,13 +288,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             rates = np.asarray(result, "float64")
         except (TypeError, ValueError):
             rates = None
-        if result is None or rates is None or rates.shape not in ((), reading.rate.shape):
-            what = repr(result)
-            if rates is not None and rates.ndim > 0:
-                what = f"an array of shape {rates.shape}"
+        shapes = ((), reading.rate.shape)
+        if result is None or rates is None or rates.shape not in shapes:
             raise ValueError(
                 "Argument `policy` must return a rate, or an array of the shape of "
-                f"`reading.rate`, {reading.rate.shape}. Received: {what}"
+                f"`reading.rate`, {reading.rate.shape}. Received: {result!r}"
             )
         rate = float(rates.reshape(-1)[0])
         if not math.isfinite(rate) or rate < 0:
@@ -393,8 +399,8 @@ def _settable_rate(model) -> float:
         optimizer.learning_rate = rate
     except TypeError as error:
         raise ValueError(
-            "MutualInformationLR sets the learning rate, and cannot where the optimizer "
-            "has a LearningRateSchedule. Compile with a number instead, such as "
+            "MutualInformationLR sets the learning rate, and cannot where the "
+            "optimizer has a LearningRateSchedule. Compile with a number instead, as "
             "`keras.optimizers.Adam(learning_rate=1e-3)`, or leave the callback out. "
             f"Received: {type(optimizer).__name__} with a schedule"
         ) from error
@@ -412,30 +418,3 @@ def _print(message):
         print(message, flush=True)
     else:
         logging.info(message)
-
-
-def _check_number(name, value, allow_zero=False):
-    expected = "a finite number, " + ("at least 0" if allow_zero else "above 0")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"Argument `{name}` must be {expected}. "
-            f"Received: {name}={value!r} of type {type(value).__name__}"
-        )
-    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        raise ValueError(
-            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
-        )
-
-
-def _check_integer(name, value, lowest, or_else=None):
-    expected = f"an integer, at least {lowest}" + (f", or {or_else}" if or_else else "")
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        kind = ValueError if isinstance(value, (str, float)) else TypeError
-        raise kind(
-            f"Argument `{name}` must be {expected}. "
-            f"Received: {name}={value!r} of type {type(value).__name__}"
-        )
-    if value < lowest:
-        raise ValueError(
-            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
-        )

@@ -141,7 +141,8 @@ class MetricTable:
                 "Received: probe_data=None and no MutualInformation metric"
             )
         keys = [prefix + name for name in found for prefix in ("", "val_")]
-        if monitor is None and len(found) > 1 or monitor not in (None, *keys):
+        ambiguous = monitor is None and len(found) > 1
+        if ambiguous or monitor not in (None, *keys):
             raise ValueError(
                 f"Argument `monitor` must be one of {keys}. Received: {monitor!r}"
             )
@@ -185,8 +186,8 @@ class MetricTable:
             counts, self._read = total - self._read, total
         if np.count_nonzero(counts.sum(axis=0)) < 2:
             raise ValueError(
-                f"The metric {self._metric.name!r} has counted labels of fewer than two "
-                "classes since the last reading; nothing can be known about them. "
+                f"The metric {self._metric.name!r} has counted labels of fewer than "
+                "two classes since the last reading; nothing can be known of them. "
                 f"Received: {counts.sum():g} sample(s)"
             )
         return readouts.from_counts(counts)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_milr._arguments import check_integer, check_number
+
 
 class Reading(NamedTuple):
     """What a policy knows when it sets the rates. Arrays have one entry per rate.
@@ -99,9 +101,9 @@ class RelativeChange(_Configured):
     def __init__(
         self, expected: float = 0.05, floor: float = 0.1, max_factor: float = 1.5
     ):
-        _check("expected", expected, expected >= 0, "at least 0")
-        _check("floor", floor, floor > 0, "above 0")
-        _check("max_factor", max_factor, max_factor > 1, "above 1")
+        check_number("expected", expected, at_least=0)
+        check_number("floor", floor, above=0)
+        check_number("max_factor", max_factor, above=1)
         self.expected = expected
         self.floor = floor
         self.max_factor = max_factor
@@ -163,9 +165,9 @@ class ReferenceLevel(_Configured):
         grow_steps: int = 8,
     ):
         for name, value in (("share", share), ("cut", cut), ("floor", floor)):
-            _check(name, value, 0 < value <= 1, "above 0 and at most 1")
-        _check("hold", hold, 0 < hold < 1, "above 0 and below 1")
-        _check("grow_steps", grow_steps, grow_steps >= 0, "at least 0")
+            check_number(name, value, above=0, at_most=1)
+        check_number("hold", hold, above=0, below=1)
+        check_integer("grow_steps", grow_steps, at_least=0)
         self.share = share
         self.cut = cut
         self.hold = hold
@@ -231,10 +233,3 @@ def _change(reading: Reading) -> np.ndarray:
     """Change of the information since the previous reading, 0 within the noise."""
     change = reading.information - reading.previous
     return np.where(np.abs(change) <= reading.noise, 0.0, change)
-
-
-def _check(name, value, valid, expected):
-    if isinstance(value, bool) or not np.isfinite(value) or not valid:
-        raise ValueError(
-            f"Argument `{name}` must be {expected}. Received: {name}={value!r}"
-        )

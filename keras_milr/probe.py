@@ -139,7 +139,9 @@ def _shares(counts, size):
     while shares.sum() != size:
         step = 1 if shares.sum() < size else -1
         may_change = (counts > 0) & (shares + step > 0)
-        shares[np.argmax(np.where(may_change, step * (exact - shares), -np.inf))] += step
+        shares[np.argmax(np.where(may_change, step * (exact - shares), -np.inf))] += (
+            step
+        )
     return shares
 
 
@@ -308,8 +310,10 @@ def _batch_size(model, n) -> int:
 
 
 def _equal_batches(sample, size):
-    """Batches of one shape, so that one trace serves all: the last one is filled up
-    with repeated rows of weight 0."""
+    """Batches of one shape, so that one trace serves all.
+
+    The last one is filled up with repeated rows of weight 0.
+    """
     n = len(sample.class_ids)
     weight = sample.sample_weight
     weight = np.ones(n, "float32") if weight is None else weight

@@ -104,7 +104,8 @@ class Predictions:
     with the Miller–Madow correction, when there are at least 5 samples for each cell
     of the classes that occur in the labels (n ≥ 5 K²). With fewer, counts are mostly
     bias: `value` is then the second, or, without probabilities, Fano's bound
-    H(Y) − h(e) − e log(K − 1) from the error rate e. `Information.estimator` says which.
+    H(Y) − h(e) − e log(K − 1) from the error rate e. `Information.estimator` says
+    which.
 
     Example:
 

@@ -114,7 +114,9 @@ def test_known_values():
     assert information.entropy([5, 0]) == 0
     assert information.entropy([0, 0]) == 0
     assert information.mutual_information(np.eye(10) * 7) == pytest.approx(math.log(10))
-    assert information.mutual_information(np.ones((3, 4))) == pytest.approx(0, abs=1e-12)
+    assert information.mutual_information(np.ones((3, 4))) == pytest.approx(
+        0, abs=1e-12
+    )
     assert information.mutual_information(np.zeros((3, 4))) == 0
     # One class only: nothing to know.
     assert information.mutual_information([[3], [4]]) == 0
@@ -128,7 +130,9 @@ def test_invariances(table, random):
     assert information.mutual_information(table[rows]) == pytest.approx(nats, abs=1e-9)
     assert information.mutual_information(table.T) == pytest.approx(nats, abs=1e-9)
     assert information.mutual_information(3 * table) == pytest.approx(nats, abs=1e-9)
-    merged = np.vstack([table[:1] + table[-1:], table[1:-1]]) if len(table) > 1 else table
+    merged = (
+        np.vstack([table[:1] + table[-1:], table[1:-1]]) if len(table) > 1 else table
+    )
     assert information.mutual_information(merged) <= nats + 1e-9
 
 
@@ -228,9 +232,13 @@ def test_bad_counts(bad):
         information.standard_error,
         information.entropy,
     ):
-        with pytest.raises(ValueError, match="`counts` must be finite and not negative"):
+        with pytest.raises(
+            ValueError, match="`counts` must be finite and not negative"
+        ):
             function(table)
-        with pytest.raises(ValueError, match="`counts` must be finite and not negative"):
+        with pytest.raises(
+            ValueError, match="`counts` must be finite and not negative"
+        ):
             function(tf.constant(table))
         assert np.isnan(in_graph(function, table)).any()
 

@@ -75,9 +75,7 @@ def test_single_logit():
 def test_sample_weights(digits):
     x, y = digits
     weight = np.random.default_rng(0).integers(0, 4, len(y)).astype("float32")
-    model = make_model(
-        metrics=None, weighted_metrics=[keras_milr.MutualInformation()]
-    )
+    model = make_model(metrics=None, weighted_metrics=[keras_milr.MutualInformation()])
     repeated = np.repeat(np.arange(len(y)), weight.astype(int))
     assert information(model, x, y, sample_weight=weight) == pytest.approx(
         mutual_info_score(y[repeated], predicted(model, x)[repeated]), abs=1e-5

@@ -132,13 +132,14 @@ def test_no_hidden_state(policy, reading):
 
 
 def make_reading(**changes):
-    values = {
-        "rate": 0.01, "start_rate": 0.01, "peak_rate": 0.01, "information": 1.5,
-        "previous": 1.0, "best": 1.5, "reference": 2.0, "noise": 0.01,
-    } | {k: v for k, v in changes.items() if k not in ("step", "steps", "rollbacks")}  # fmt: skip
+    """One rate, in the middle of a training that knows 1.5 of 2 nats."""
     scalars = {"step": 20, "steps": None, "rollbacks": 0}
-    scalars |= {k: v for k, v in changes.items() if k in scalars}
-    return policies.Reading(**{k: np.array([v]) for k, v in values.items()}, **scalars)
+    arrays = {"rate": 0.01, "start_rate": 0.01, "peak_rate": 0.01, "noise": 0.01}
+    arrays |= {"information": 1.5, "previous": 1.0, "best": 1.5, "reference": 2.0}
+    values = {**scalars, **arrays, **changes}
+    return policies.Reading(
+        **{k: v if k in scalars else np.array([v]) for k, v in values.items()}
+    )
 
 
 class TestRelativeChange:

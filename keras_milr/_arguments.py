@@ -1,0 +1,50 @@
+"""Checks of constructor arguments, with errors as Keras writes them."""
+
+import math
+import numbers
+
+
+def check_number(name, value, above=None, at_least=None, below=None, at_most=None):
+    """Refuses what is not a finite real number within the limits.
+
+    Raises:
+        TypeError: for what is not a number.
+        ValueError: for a number outside the limits, NaN or infinite.
+    """
+    limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    limits = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]
+    expected = ", ".join(["a finite number", *limits])
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(_message(name, expected, value))
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise ValueError(_message(name, expected, value))
+
+
+def check_integer(name, value, at_least, or_else=None):
+    """Refuses what is not an integer, or too small; `or_else` names what else serves.
+
+    Raises:
+        TypeError: for what is neither a number nor text.
+        ValueError: for text, fractions, and integers below `at_least`.
+    """
+    expected = f"an integer, at least {at_least}"
+    if or_else is not None:
+        expected += f", or {or_else}"
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        raise TypeError(_message(name, expected, value))
+    if not isinstance(value, numbers.Integral) or value < at_least:
+        raise ValueError(_message(name, expected, value))
+
+
+def _message(name, expected, value):
+    return (
+        f"Argument `{name}` must be {expected}. "
+        f"Received: {name}={value!r} of type {type(value).__name__}"
+    )

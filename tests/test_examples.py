@@ -1,0 +1,69 @@
+"""The scripts run as a user runs them, in a small setting."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_quickstart(tmp_path):
+    figure = tmp_path / "figures" / "digits.png"
+    done = run("examples/quickstart.py", "--epochs=6", "--seeds=2", "--output", figure)
+    assert done.returncode == 0, done.stderr
+    assert figure.stat().st_size > 10_000
+    rows = re.findall(r"^(.{18}) +(0\.\d+) ±(0\.\d+)", done.stdout, re.MULTILINE)
+    names = [name.strip() for name, *_ in rows]
+    assert names == ["constant", "ReduceLROnPlateau", "MI, relative", "MI, reference"]
+    for name, accuracy, spread in rows:
+        assert float(accuracy) > 0.9, name
+        assert float(spread) < 0.05
+
+
+def test_quickstart_without_a_download(tmp_path):
+    """Where MNIST cannot be had it says so, and shows digits."""
+    done = run(
+        "examples/quickstart.py",
+        "--dataset=mnist",
+        "--epochs=1",
+        "--seeds=1",
+        f"--output={tmp_path / 'f.png'}",
+        KERAS_HOME=str(tmp_path),
+        http_proxy="http://127.0.0.1:9",
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mnist cannot be had, so digits instead" in done.stdout
+    assert "digits: 1077 training" in done.stdout
+
+
+def test_overhead_benchmark(tmp_path):
+    output = tmp_path / "overhead.json"
+    done = run(
+        "benchmarks/overhead.py",
+        "--samples=600",
+        "--probe-size=100",
+        "--epochs=2",
+        "--rounds=1",
+        f"--output={output}",
+    )
+    assert done.returncode == 0, done.stderr
+    if "Skipped" in done.stdout:
+        pytest.skip("Fashion-MNIST is neither here nor to be had")
+    assert output.exists()
+    assert re.search(r"probe, steady epochs +\d\.\d+", done.stdout)
