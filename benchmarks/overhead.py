@@ -2,20 +2,25 @@
 
 Trains the quickstart's small CNN on Fashion-MNIST with a constant rate and three kinds
 of reading: none; the MutualInformation metric; MutualInformationLR with a probe. The
-policy keeps the rate, so that all do the same training. The runs are interleaved, in
-another order each time; a ratio compares the runs of one round, and the median over
-rounds is reported with its range. Prints a table and writes JSON.
+policy keeps the rate, so that all do the same training.
+
+The speed of a shared machine changes from second to second. So the three `fit`s
+of a round take turns, a few batches each, and each is timed in its turns only: a
+disturbance hits all alike. Ratios compare the same epoch of the same round; the median
+is reported with the quartiles. Prints a table and writes JSON.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --samples 2000 --epochs 2 --rounds 2
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
 import platform
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,56 +36,108 @@ import quickstart
 VARIANTS = ("without", "metric", "probe")
 
 
-class EpochTimer(keras.callbacks.Callback):
-    """Seconds of each epoch, whatever other callbacks do in it included."""
+class Turns:
+    """Lets one thread run at a time, in turn."""
 
-    def on_train_begin(self, logs=None):
-        self.last = time.perf_counter()
-        self.seconds = []
+    def __init__(self, names):
+        self.waiting = list(names)
+        self.changed = threading.Condition()
+
+    def wait(self, name):
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting[0] == name)
+
+    def pass_on(self):
+        with self.changed:
+            self.waiting.append(self.waiting.pop(0))
+            self.changed.notify_all()
+
+    def leave(self):
+        with self.changed:
+            self.waiting.pop(0)
+            self.changed.notify_all()
+
+
+class Clock(keras.callbacks.Callback):
+    """Seconds of each epoch in its own turns, whatever other callbacks do included."""
+
+    def __init__(self, name, turns, batches):
+        super().__init__()
+        self.name, self.turns, self.batches = name, turns, batches
+        self.seconds = [0.0]
+
+    def start(self):
+        self.turns.wait(self.name)
+        self.since = time.perf_counter()
+
+    def stop(self):
+        now = time.perf_counter()
+        self.seconds[-1] += now - self.since
+        self.since = now
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (batch + 1) % self.batches == 0:
+            self.stop()
+            self.turns.pass_on()
+            self.start()
 
     def on_epoch_end(self, epoch, logs=None):
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
+        self.stop()
+        self.seconds.append(0.0)
+
+    def on_train_end(self, logs=None):
+        self.seconds.pop()  # The next epoch, which never came.
 
 
 def keep(reading):
     return reading.rate
 
 
-def train(variant, x, y, arguments):
-    """One `fit` from scratch: its seconds in all, and by epoch."""
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(0)
-    model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
-    metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
-    model.compile(
-        model.optimizer,
-        model.loss,
-        metrics=["accuracy", *metrics],
-        jit_compile=arguments.jit_compile,
-    )
-    timer = EpochTimer()
-    callbacks = [timer]
-    if variant == "probe":
-        probe = keras_milr.MutualInformationLR(
-            keep, probe_data=(x, y), probe_size=arguments.probe_size
+def train(variant, clock, x, y, arguments):
+    """One `fit` from scratch, timed by `clock`."""
+    clock.start()
+    try:
+        keras.utils.set_random_seed(0)
+        model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
+        metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
+        model.compile(
+            model.optimizer,
+            model.loss,
+            metrics=["accuracy", *metrics],
+            jit_compile=arguments.jit_compile,
         )
-        callbacks = [probe, timer]
-    started = time.perf_counter()
-    model.fit(
-        x,
-        y,
-        batch_size=arguments.batch_size,
-        epochs=arguments.epochs,
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return {"fit": time.perf_counter() - started, "epochs": timer.seconds}
+        callbacks = [clock]
+        if variant == "probe":
+            probe = keras_milr.MutualInformationLR(
+                keep, probe_data=(x, y), probe_size=arguments.probe_size
+            )
+            callbacks = [probe, clock]
+        clock.since = time.perf_counter()
+        model.fit(
+            x,
+            y,
+            batch_size=arguments.batch_size,
+            epochs=arguments.epochs,
+            callbacks=callbacks,
+            verbose=0,
+        )
+    finally:
+        clock.turns.leave()
 
 
-def ratios(rounds, variant, value):
-    return [value(r[variant]) / value(r["without"]) for r in rounds]
+def run_round(x, y, arguments, order=VARIANTS):
+    """Seconds of each epoch, by variant; the `fit`s take turns."""
+    turns = Turns(order)
+    clocks = {name: Clock(name, turns, arguments.turn) for name in order}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        fits = [
+            pool.submit(train, name, clock, x, y, arguments)
+            for name, clock in clocks.items()
+        ]
+        for fit in fits:
+            fit.result()
+    keras.backend.clear_session()
+    return {name: clock.seconds for name, clock in clocks.items()}
 
 
 def main():
@@ -93,6 +150,7 @@ def main():
     parser.add_argument("--probe-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turn", type=int, default=20, help="batches in a turn")
     parser.add_argument("--jit-compile", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("results/overhead.json"))
     arguments = parser.parse_args()
@@ -104,32 +162,34 @@ def main():
         return
     x = x[: arguments.samples, ..., None].astype("float32") / 255
     y = y[: arguments.samples]
+    # TensorFlow's own first steps, which would count as the first variant's.
+    run_round(x[:640], y[:640], argparse.Namespace(**vars(arguments) | {"epochs": 1}))
     rounds = []
-    bar = keras.utils.Progbar(arguments.rounds * len(VARIANTS), unit_name="fit")
-    train("probe", x[:2560], y[:2560], arguments)  # TensorFlow's own first steps
+    bar = keras.utils.Progbar(arguments.rounds, unit_name="round")
     for i in range(arguments.rounds):
-        order = np.random.default_rng(i).permutation(VARIANTS)
-        rounds.append({})
-        for variant in order:
-            rounds[-1][str(variant)] = train(variant, x, y, arguments)
-            bar.add(1)
+        order = np.random.default_rng(i).permutation(VARIANTS).tolist()
+        rounds.append(run_round(x, y, arguments, order))
+        bar.add(1)
 
-    measures = {
-        "fit, all of it": lambda run: run["fit"],
-        "steady epochs": lambda run: sum(run["epochs"][1:]),
-    }
-    print(f"\n{'time over `fit` without':<26} {'median':>8} {'range':>18}")
+    print(
+        f"\n{'time over `fit` without':<26} {'median':>8} {'quartiles':>17} {'of':>4}"
+    )
     table = {}
     for variant in VARIANTS[1:]:
-        for name, value in measures.items():
-            if name == "steady epochs" and arguments.epochs < 2:
-                continue
-            found = ratios(rounds, variant, value)
-            table[f"{variant}, {name}"] = found
-            print(
-                f"{variant + ', ' + name:<26} {np.median(found):>8.3f} "
-                f"{min(found):>9.3f} … {max(found):.3f}"
-            )
+        table[f"{variant}, whole fit"] = [
+            sum(r[variant]) / sum(r["without"]) for r in rounds
+        ]
+        table[f"{variant}, first epoch"] = [
+            r[variant][0] / r["without"][0] for r in rounds
+        ]
+        table[f"{variant}, later epochs"] = [
+            mine / other
+            for r in rounds
+            for mine, other in zip(r[variant][1:], r["without"][1:], strict=True)
+        ]
+    for name, ratios in table.items():
+        low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        print(f"{name:<26} {median:>8.3f} {low:>8.3f} … {high:.3f} {len(ratios):>5}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps(
