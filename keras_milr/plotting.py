@@ -32,7 +32,9 @@ def plot_history(history):
     )
     epochs = series["epoch"]
     if "entropy" in series:
-        top.plot(epochs, series["entropy"], "k--", lw=1, label="H(Y): all there is")
+        top.plot(
+            epochs, series["entropy"], "k--", lw=1, label="H(Y), all there is to know"
+        )
     if "noise" in series:
         low = series["information"] - series["noise"]
         high = series["information"] + series["noise"]
@@ -51,6 +53,7 @@ def plot_history(history):
     bottom.set_yscale("log")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("epochs trained")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

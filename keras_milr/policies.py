@@ -130,7 +130,8 @@ class ReferenceLevel(_Configured):
        missing: the rate stays.
     2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered and
        the information does not fall: rate × 3 if less than half of the reference is
-       reached, else rate × 2 if g > share. This mends a start that is far too low.
+       reached, else rate × 2 if g > share and less than `grow_below` of the reference
+       is reached. This mends a start that is far too low.
     3. Else rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
        of what was missing, cut as the gain shrinks, but never below `floor` times the
        highest rate so far.
@@ -148,13 +149,15 @@ class ReferenceLevel(_Configured):
         floor: Lowest rate, as a share of the highest so far. Defaults to `0.01`.
         grow_steps: Number of first readings in which the rate may grow; 0 to never
             raise it. Defaults to `8`.
+        grow_below: Share of the reference beyond which the rate is not raised: it
+            serves well as it is. Defaults to `0.8`.
 
     Raises:
-        ValueError: for a `share`, `cut` or `floor` outside (0, 1], a `hold` outside
-            (0, 1), or a negative `grow_steps`.
+        ValueError: for a `share`, `cut`, `floor` or `grow_below` outside (0, 1], a
+            `hold` outside (0, 1), or a negative `grow_steps`.
     """
 
-    _constants = ("share", "cut", "hold", "floor", "grow_steps")
+    _constants = ("share", "cut", "hold", "floor", "grow_steps", "grow_below")
 
     def __init__(
         self,
@@ -163,8 +166,14 @@ class ReferenceLevel(_Configured):
         hold: float = 0.02,
         floor: float = 0.01,
         grow_steps: int = 8,
+        grow_below: float = 0.8,
     ):
-        for name, value in (("share", share), ("cut", cut), ("floor", floor)):
+        for name, value in (
+            ("share", share),
+            ("cut", cut),
+            ("floor", floor),
+            ("grow_below", grow_below),
+        ):
             check_number(name, value, above=0, at_most=1)
         check_number("hold", hold, above=0, below=1)
         check_integer("grow_steps", grow_steps, at_least=0)
@@ -173,6 +182,7 @@ class ReferenceLevel(_Configured):
         self.hold = hold
         self.floor = floor
         self.grow_steps = grow_steps
+        self.grow_below = grow_below
 
     def __call__(self, reading: Reading) -> np.ndarray:
         negligible = np.maximum(self.hold * reading.reference, reading.noise)
@@ -190,9 +200,10 @@ class ReferenceLevel(_Configured):
             & (reading.rollbacks == 0)
             & (reading.rate >= reading.peak_rate)
             & (change >= 0)
+            & (reading.information < self.grow_below * reading.reference)
         )
         early = reading.information < 0.5 * reading.reference
-        rate = np.where(may_grow & ~early & (gain > self.share), 2 * reading.rate, rate)
+        rate = np.where(may_grow & (gain > self.share), 2 * reading.rate, rate)
         rate = np.where(may_grow & early, 3 * reading.rate, rate)
         return np.where(missing < negligible, reading.rate, rate)
 

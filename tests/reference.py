@@ -72,7 +72,9 @@ def relative_change(r, expected=0.05, floor=0.1, max_factor=1.5):
     return r["rate"] * min(max(factor, 1 / max_factor), max_factor)
 
 
-def reference_level(r, share=0.1, cut=0.5, hold=0.02, floor=0.01, grow_steps=8):
+def reference_level(
+    r, share=0.1, cut=0.5, hold=0.02, floor=0.01, grow_steps=8, grow_below=0.8
+):
     negligible = max(hold * r["reference"], r["noise"])
     if r["reference"] - r["information"] < negligible:
         return r["rate"]
@@ -85,6 +87,7 @@ def reference_level(r, share=0.1, cut=0.5, hold=0.02, floor=0.01, grow_steps=8):
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
         and change >= 0
+        and r["information"] < grow_below * r["reference"]
     ):
         if r["information"] < 0.5 * r["reference"]:
             return 3 * r["rate"]

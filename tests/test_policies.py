@@ -74,6 +74,7 @@ def test_unit_free(policy, reading, unit):
         (change, reading.noise),
         (missing, np.maximum(0.02 * reading.reference, reading.noise)),
         (reading.information, 0.5 * reading.reference),
+        (reading.information, 0.8 * reading.reference),
         (gain, 0.1),
     ):
         assume(np.all(np.abs(value - threshold) > 1e-6 * reading.reference))
@@ -194,6 +195,7 @@ class TestReferenceLevel:
             {"rollbacks": 1},
             {"peak_rate": 0.02},
             {"previous": 1.0},
+            {"information": 1.61},
         ):
             assert self.policy(make_reading(**early | reason)) <= 0.01
         never = policies.ReferenceLevel(grow_steps=0)
@@ -213,7 +215,8 @@ def test_get():
     again = policies.get(config)
     assert again.get_config() == policy.get_config()
     assert repr(again) == (
-        "ReferenceLevel(share=0.2, cut=0.5, hold=0.02, floor=0.01, grow_steps=0)"
+        "ReferenceLevel(share=0.2, cut=0.5, hold=0.02, floor=0.01, grow_steps=0, "
+        "grow_below=0.8)"
     )
 
 
@@ -243,6 +246,7 @@ def test_unknown_policies(identifier, error):
         (policies.ReferenceLevel, "hold", 1.0),
         (policies.ReferenceLevel, "floor", float("nan")),
         (policies.ReferenceLevel, "grow_steps", -1),
+        (policies.ReferenceLevel, "grow_below", 0.0),
     ],
 )
 def test_bad_constants(policy, name, value):
