@@ -16,6 +16,10 @@ def check_number(name, value, above=None, at_least=None, below=None, at_most=Non
     expected = ", ".join(["a finite number", *limits])
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(_message(name, expected, value))
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     inside = (
         math.isfinite(value)
         and (above is None or value > above)
@@ -41,6 +45,12 @@ def check_integer(name, value, at_least, or_else=None):
         raise TypeError(_message(name, expected, value))
     if not isinstance(value, numbers.Integral) or value < at_least:
         raise ValueError(_message(name, expected, value))
+
+
+def check_bool(name, value):
+    """Refuses what is not True or False, with a TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(_message(name, "True or False", value))
 
 
 def _message(name, expected, value):

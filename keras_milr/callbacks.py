@@ -1,6 +1,7 @@
 """The callback that sets the learning rate from mutual information."""
 
 import math
+import numbers
 import warnings
 
 import keras
@@ -10,6 +11,8 @@ from absl import logging
 from keras_milr import policies, probe, readouts
 from keras_milr._arguments import check_integer, check_number
 from keras_milr.metrics import MetricTable
+
+_LARGEST = float(np.finfo("float32").max)  # of a learning rate
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -28,9 +31,12 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     It adds to the logs of each epoch `learning_rate`, the rate that the epoch was
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
-    bias) and `probe_information` (what the policy sees), both after the epoch.
-    Callbacks that use these keys must stand later in the list, and
+    bias) and `probe_information` (what the policy sees), both of the last reading.
     `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
+
+    In the list of callbacks it should stand before those that use these keys, before
+    `BackupAndRestore`, and before any that calls `evaluate` or changes weights; and
+    after those that set the rate too, whose rate it then takes up.
 
     Example:
 
@@ -46,7 +52,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             policy of `keras_milr.policies`, or any callable `policy(reading) -> rate`
             of a `keras_milr.policies.Reading`; its result is clipped to the bounds.
             A callable must be a pure function of the reading: it is called once
-            before training, to check its result. Defaults to `"reference"`.
+            before training, to check its result. To serialise, it must be registered
+            with `keras.saving.register_keras_serializable`. Defaults to `"reference"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             generator). The training data are a good choice. Defaults to `None`: use
@@ -96,6 +103,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         policy="reference",
         probe_data=None,
         probe_size=2048,
+        *,
         readout="auto",
         learning_rate=None,
         min_lr=1e-6,
@@ -109,27 +117,39 @@ class MutualInformationLR(keras.callbacks.Callback):
         super().__init__()
         check_integer("probe_size", probe_size, at_least=2)
         check_integer("seed", seed, at_least=0)
-        if update_freq != "epoch":
+        per_epoch = isinstance(update_freq, str) and update_freq == "epoch"
+        if not per_epoch:
             check_integer("update_freq", update_freq, at_least=1, or_else="'epoch'")
         check_number("min_lr", min_lr, at_least=0)
         if max_lr is not None:
-            check_number("max_lr", max_lr, above=0)
+            check_number("max_lr", max_lr, above=0, at_most=_LARGEST)
             if min_lr > max_lr:
                 raise ValueError(
                     "Argument `min_lr` must not be above `max_lr`. "
                     f"Received: min_lr={min_lr}, max_lr={max_lr}"
                 )
         if learning_rate is not None:
-            check_number("learning_rate", learning_rate, above=0)
+            check_number("learning_rate", learning_rate, above=0, at_most=_LARGEST)
         if reference is not None and not callable(reference):
             check_number("reference", reference, above=0)
-        if update_freq != "epoch" and str(monitor).startswith("val_"):
+        if not isinstance(verbose, (int, np.integer)):
+            raise TypeError(
+                "Argument `verbose` must be 0 or 1. "
+                f"Received: verbose={verbose!r} of type {type(verbose).__name__}"
+            )
+        if monitor is not None and not isinstance(monitor, str):
+            raise TypeError(
+                "Argument `monitor` must be a log key. "
+                f"Received: monitor={monitor!r} of type {type(monitor).__name__}"
+            )
+        if not per_epoch and str(monitor).startswith("val_"):
             raise ValueError(
                 "A metric on the validation data changes once an epoch: "
                 "`update_freq` must be 'epoch' with it. "
                 f"Received: update_freq={update_freq!r}, monitor={monitor!r}"
             )
-        if readout != "auto" and not isinstance(readout, readouts.Predictions):
+        is_auto = isinstance(readout, str) and readout == "auto"
+        if not is_auto and not isinstance(readout, readouts.Predictions):
             raise TypeError(
                 "Argument `readout` must be 'auto' or a readouts.Predictions. "
                 f"Received: readout={readout!r}"
@@ -155,7 +175,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.history = []
         # Keras may call batch hooks from another thread unless told otherwise. With
         # readings after epochs ours only keeps count; in batches, order matters.
-        self.async_safe = update_freq == "epoch"
+        self.async_safe = per_epoch
         self._policy = policies.get(policy)
         self._sample = None
         # What is measured: one of the two while `fit` runs.
@@ -190,9 +210,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         trained = min(batch + 1, self.params.get("steps") or math.inf)
         self._since_reading += trained - self._batch
         self._batch = trained
-        if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
-            self._since_reading = 0
-            self._update()
+        if self.update_freq != "epoch":
+            self._trained_rate = self._rate()
+            if self._since_reading >= self.update_freq:
+                self._since_reading = 0
+                self._update(mid_epoch=True)
 
     def on_test_begin(self, logs=None):
         if self._table is not None:
@@ -200,9 +222,13 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
-        logs["learning_rate"] = self._rate()
+        if self._table is not None:
+            self._table.end_epoch(logs)
         if self.update_freq == "epoch":
-            self._update(epoch_ended=True)
+            logs["learning_rate"] = self._rate()
+            self._update()
+        else:
+            logs["learning_rate"] = self._trained_rate
         if self._probe is not None:
             logs["probe_mutual_information"] = self._last.value
             logs["probe_information"] = self._last.accessible
@@ -231,13 +257,13 @@ class MutualInformationLR(keras.callbacks.Callback):
         # A fault of the policy shows now and not after an epoch.
         self._next_rate(reading)
 
-    def _update(self, epoch_ended=False):
+    def _update(self, mid_epoch=False):
         """Takes a reading and sets the next rate."""
         if self._probe is not None:
             info = self._probe.measure()
         else:
-            info = self._table.measure(epoch_ended)
-        if info is None:  # An epoch without validation.
+            info = self._table.measure(mid_epoch)
+        if info is None:
             return
         self._step += 1
         reading = self._read(info)
@@ -257,7 +283,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         rate = self._rate()
         self._peak_rate = max(self._peak_rate, rate)
         information = info.accessible
-        numbers = (
+        values = (
             rate,
             self._start_rate,
             self._peak_rate,
@@ -267,8 +293,12 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._reference_of(info),
             info.accessible_stderr,
         )
+        arrays = [np.array([value], "float64") for value in values]
+        for array in arrays:
+            # A policy that computes in place would change what it is compared with.
+            array.setflags(write=False)
         return policies.Reading(
-            *(np.array([number], "float64") for number in numbers),
+            *arrays,
             step=self._step,
             steps=self._steps,
             rollbacks=0,
@@ -289,7 +319,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         except (TypeError, ValueError):
             rates = None
         shapes = ((), reading.rate.shape)
-        if result is None or rates is None or rates.shape not in shapes:
+        kind = np.asarray(result).dtype.kind
+        if kind not in "iuf" or rates is None or rates.shape not in shapes:
             raise ValueError(
                 "Argument `policy` must return a rate, or an array of the shape of "
                 f"`reading.rate`, {reading.rate.shape}. Received: {result!r}"
@@ -307,13 +338,14 @@ class MutualInformationLR(keras.callbacks.Callback):
             return info.entropy
         if not callable(self.reference):
             return float(self.reference)
-        reference = float(self.reference(info))
-        if not math.isfinite(reference) or reference <= 0:
+        reference = self.reference(info)
+        number = isinstance(reference, numbers.Real) and math.isfinite(reference)
+        if not number or reference <= 0:
             raise ValueError(
                 "Argument `reference` must return a positive number of nats. "
-                f"Received: {reference}"
+                f"Received: {reference!r}"
             )
-        return reference
+        return float(reference)
 
     def _make_probe(self):
         model = self.model

@@ -12,13 +12,13 @@ import keras
 import numpy as np
 from scipy.special import digamma
 
+from keras_milr._arguments import check_integer
 from keras_milr.backend import is_symbolic
 
 Array = Any  # an array or a tensor of any backend
 Correction = Literal["miller_madow", "grassberger"] | None
 
 _CORRECTIONS = (None, "miller_madow", "grassberger")
-_TINY = 1e-30  # stands in for the size of an empty table
 
 
 def contingency(
@@ -128,9 +128,8 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
     if correction is None:
         # As a sum of log ratios: in float32 the difference of entropies loses
         # digits where the information is small.
-        total = xp.sum(rows, axis=-1)[..., None, None]
         information = xp.sum(counts * _log_ratio(xp, counts), axis=(-2, -1))
-        information = information / xp.maximum(total[..., 0, 0], _TINY)
+        information = information / _samples(xp, xp.sum(rows, axis=-1))
     else:
         shape = counts.shape
         joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
@@ -165,7 +164,7 @@ def null_level(counts: Array) -> Array:
     freedom = xp.maximum(_occupied(xp, rows) - 1.0, 0.0) * xp.maximum(
         _occupied(xp, columns) - 1.0, 0.0
     )
-    null = freedom / (2.0 * xp.maximum(xp.sum(rows, axis=-1), _TINY))
+    null = freedom / (2.0 * _samples(xp, xp.sum(rows, axis=-1)))
     ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
     return xp.where(valid, xp.minimum(null, ceiling), np.nan)
 
@@ -187,7 +186,7 @@ def standard_error(counts: Array) -> Array:
         ValueError: for negative or non-finite counts.
     """
     xp, counts, valid = _prepare(counts, 2, None)
-    total = xp.maximum(xp.sum(counts, axis=(-2, -1)), _TINY)
+    total = _samples(xp, xp.sum(counts, axis=(-2, -1)))
     ratio = _log_ratio(xp, counts)
     mean = xp.sum(counts * ratio, axis=(-2, -1)) / total
     spread = xp.sum(counts * (ratio - mean[..., None, None]) ** 2, axis=(-2, -1))
@@ -212,7 +211,7 @@ def _entropy(xp, counts, correction):
         log = np.where(counts > 0, digamma(counts // 2 + 0.5) + np.log(2.0), 0.0)
     else:
         log = _log(xp, counts)
-    samples = xp.maximum(total, _TINY)
+    samples = _samples(xp, total)
     result = _log(xp, total) - xp.sum(counts * log, axis=-1) / samples
     if correction == "miller_madow":
         missing = (_occupied(xp, counts) - 1.0) / (2.0 * samples)
@@ -223,6 +222,11 @@ def _entropy(xp, counts, correction):
 def _log(xp, counts):
     """Logarithm of the counts, 0 where there are none."""
     return xp.log(xp.where(counts > 0, counts, 1.0))
+
+
+def _samples(xp, total):
+    """Divisor for a table with `total` samples: 1 where it is empty."""
+    return xp.where(total > 0, total, 1.0)
 
 
 def _occupied(xp, counts):
@@ -290,10 +294,7 @@ def _nonnegative(x, name):
 
 
 def _ids(x, num, name):
-    if int(num) != num or num < 1:
-        raise ValueError(
-            f"Argument `num_{name}` must be a positive integer. Received: {num}"
-        )
+    check_integer(f"num_{name}", num, at_least=1)
     x = _to_numpy(x)
     if x.size == 0:
         x = x.astype("int64")

@@ -1,9 +1,12 @@
 """Mutual information as a streaming metric."""
 
+import warnings
+
 import keras
 import numpy as np
 
 from keras_milr import _keras, information, readouts, targets
+from keras_milr._arguments import check_bool
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -50,6 +53,7 @@ class MutualInformation(keras.metrics.Metric):
 
     def __init__(self, name="mutual_information", dtype=None, from_logits=False):
         super().__init__(name=name, dtype=dtype)
+        check_bool("from_logits", from_logits)
         self.from_logits = from_logits
         self.counts = None
 
@@ -60,7 +64,7 @@ class MutualInformation(keras.metrics.Metric):
             y_true: Class ids of shape `(n,)` or `(n, 1)`, or one-hot labels of shape
                 `(n, K)`. An id that is no class of the outputs is not counted.
             y_pred: Outputs of shape `(n, K)`, or `(n, 1)` for two classes.
-            sample_weight: Optional weights of shape `(n,)` or `(n, 1)`.
+            sample_weight: Optional weights of shape `(n,)` or `(n, 1)`, or a scalar.
 
         Raises:
             ValueError: for shapes that do not fit.
@@ -88,13 +92,15 @@ class MutualInformation(keras.metrics.Metric):
                 f"MutualInformation has counted {self.counts.shape[1]} classes so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        if sample_weight is not None:
-            sample_weight = ops.reshape(sample_weight, (-1,))
         ids = targets.class_ids(y_true, units)
+        weight = ops.cast((ids >= 0) & (ids < classes), "float32")
+        if sample_weight is not None:
+            sample_weight = ops.cast(sample_weight, "float32")
+            weight = weight * ops.reshape(sample_weight, (-1,))
         self.counts.assign_add(
             ops.cast(
                 readouts.prediction_counts(
-                    y_pred, ids, sample_weight, self.from_logits
+                    y_pred, ops.where(weight > 0, ids, 0), weight, self.from_logits
                 ),
                 "float32",
             )
@@ -122,8 +128,8 @@ class MetricTable:
     Args:
         model: A compiled `keras.Model`.
         monitor: Log key of the metric, `"val_"` in front for the validation data. None
-            takes the only one there is: on the validation data where the first epoch
-            has some before its reading, else on the training data.
+            takes the only one there is: on the validation data where the first reading
+            comes after a validation, else on the training data.
 
     Raises:
         ValueError: where there is no such metric, or more than one.
@@ -147,9 +153,9 @@ class MetricTable:
                 f"Argument `monitor` must be one of {keys}. Received: {monitor!r}"
             )
         self._validation = None if monitor is None else monitor not in found
-        self._metric = found[
-            next(iter(found)) if monitor is None else monitor.removeprefix("val_")
-        ]
+        name = next(iter(found)) if monitor is None else monitor.removeprefix("val_")
+        self._metric = found[name]
+        self._unread = 0.0  # counts of earlier epochs, too few for a reading
         self.begin_epoch()
 
     def begin_epoch(self):
@@ -161,41 +167,76 @@ class MetricTable:
         """To be called before validation resets the metric."""
         self._trained = self._counts()
 
-    def measure(self, epoch_ended: bool):
-        """The information in what was counted since the last reading.
+    def end_epoch(self, logs):
+        """To be called after an epoch and its validation.
 
         Args:
-            epoch_ended: Whether the epoch is over, and validated if it is to be.
-
-        Returns:
-            A `readouts.Information`; None in an epoch that was not validated, where
-            the metric on the validation data is to be read.
+            logs: Logs of the epoch, to see that nobody has touched the metric since.
 
         Raises:
-            ValueError: where nothing was counted, or labels of one class only.
+            ValueError: where somebody has.
         """
         validated = self._trained is not None
         if self._validation is None:
             self._validation = validated
+        key = ("val_" if self._validation else "") + self._metric.name
+        if self._validation and not validated:
+            warnings.warn(
+                f"MutualInformationLR: `{key}` is not available, since there was no "
+                "validation in this epoch. No reading is taken. "
+                f"Available metrics are: {','.join(logs)}",
+                stacklevel=3,
+            )
+            return
+        use_trained = validated and not self._validation
+        total = self._trained if use_trained else self._counts()
+        nats = information.mutual_information(total)
+        if abs(nats - logs.get(key, nats)) > 1e-3:
+            raise ValueError(
+                f"The metric {self._metric.name!r} has been used since the epoch "
+                "ended, by `evaluate` in another callback? Put MutualInformationLR "
+                f"before it, or pass `probe_data`. Received: {nats} nats, {key}={logs[key]}"
+            )
         if self._validation:
-            if not (epoch_ended and validated):
-                return None
-            counts = self._counts()
+            self._unread = total
         else:
-            total = self._trained if epoch_ended and validated else self._counts()
-            counts, self._read = total - self._read, total
+            self._unread, self._read = self._unread + total - self._read, total
+
+    def measure(self, mid_epoch: bool = False):
+        """The information in what was counted since the last reading.
+
+        Args:
+            mid_epoch: Whether the epoch still goes on.
+
+        Returns:
+            A `readouts.Information`, or None where there is nothing to read yet: in an
+            epoch without validation, or in the middle of an epoch while all labels
+            were of one class.
+
+        Raises:
+            ValueError: for an epoch with labels of one class only.
+        """
+        counts, total = self._unread, None
+        if mid_epoch:
+            self._validation = False
+            total = self._counts()
+            counts = counts + total - self._read
+        if np.ndim(counts) == 0:
+            return None
         if np.count_nonzero(counts.sum(axis=0)) < 2:
+            if mid_epoch:
+                return None
             raise ValueError(
                 f"The metric {self._metric.name!r} has counted labels of fewer than "
-                "two classes since the last reading; nothing can be known of them. "
+                "two classes in an epoch; nothing can be known of them. "
                 f"Received: {counts.sum():g} sample(s)"
             )
+        self._unread = 0.0
+        self._read = self._read if total is None else total
         return readouts.from_counts(counts)
 
     def _counts(self):
-        if self._metric.counts is None:
-            raise ValueError(
-                f"The metric {self._metric.name!r} has not been updated in training."
-            )
+        if self._metric.counts is None:  # Not used yet.
+            return np.zeros((3, 2))
         counts = keras.ops.convert_to_numpy(self._metric.counts.value)
         return counts.astype("float64")

@@ -70,8 +70,11 @@ def _series(history):
             "value": "probe_mutual_information",
         }
         if "probe_information" not in logs:
+            # A validation that was not in every epoch has no place on the axis.
             metrics = ("val_mutual_information", "mutual_information")
-            names["value"] = next((key for key in metrics if key in logs), "")
+            epochs = len(logs.get("learning_rate", ()))
+            whole = [key for key in metrics if len(logs.get(key, ())) == epochs > 0]
+            names["value"] = whole[0] if whole else ""
         series = {k: np.asarray(logs[v]) for k, v in names.items() if v in logs}
         if "rate" not in series or len(series) == 1:
             raise ValueError(
@@ -92,5 +95,6 @@ def _series(history):
         )
     names = ("epoch", "batch", "rate", "information", "value", "entropy", "noise")
     series = {name: np.array([record[name] for record in records]) for name in names}
-    series["epoch"] = series["epoch"] + series["batch"] / max(series["batch"].max(), 1)
+    batches = history.params.get("steps") or max(series["batch"].max(), 1)
+    series["epoch"] = series["epoch"] + series["batch"] / batches
     return series

@@ -19,7 +19,9 @@ class Sample(NamedTuple):
     Attributes:
         x: Array, or list, tuple or dict of arrays, of length n.
         class_ids: int32 ids, shape `(n,)`.
-        sample_weight: float32 weights of shape `(n,)`, or None.
+        sample_weight: float32 weights of shape `(n,)`, or None. They add up to the
+            effective number of samples, (Σw)² / Σw², so that errors and biases that
+            depend on it do not depend on the scale of the weights.
         num_units: Number of output units that the labels were read for.
     """
 
@@ -86,7 +88,15 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
         )
     pool.keep(_shares(pool.counts, size))
     rows, ids = pool.rows()
-    return Sample(rows["x"], ids, rows.get("sample_weight"), num_units)
+    weight = rows.get("sample_weight")
+    if weight is not None:
+        if len(np.unique(ids[weight > 0])) < 2:
+            raise ValueError(
+                "The sample weights of `probe_data` must be above 0 in at least two "
+                "classes. Received: 0 in all others"
+            )
+        weight = weight * np.float32(weight.sum() / (weight**2).sum())
+    return Sample(rows["x"], ids, weight, num_units)
 
 
 class _Pool:
@@ -102,6 +112,17 @@ class _Pool:
         return len(self._ids)
 
     def add(self, rows, ids, priorities):
+        if self._chunks:
+            first, here = (
+                [a.shape[1:] for a in keras.tree.flatten(chunk)]
+                for chunk in (self._chunks[0], rows)
+            )
+            if first != here:
+                raise ValueError(
+                    "All batches of `probe_data` must have the same shapes, except for "
+                    "the number of samples; pad them to one length. "
+                    f"Received: {first}, later {here}"
+                )
         self.counts += np.bincount(ids, minlength=len(self.counts))
         self._chunks.append(rows)
         self._ids = np.concatenate([self._ids, ids])
@@ -186,13 +207,21 @@ def _batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         if y is None:
             raise ValueError("Argument `probe_data` must have labels. Received: y=None")
+        x = keras.tree.map_structure(_array, x)
         if sample_weight is not None:
-            sample_weight = np.asarray(sample_weight, "float32")
-        yield keras.tree.map_structure(_input_array, x), np.asarray(y), sample_weight
+            sample_weight = _array(sample_weight)
+        yield x, _array(y), sample_weight
 
 
-def _input_array(x):
-    x = np.asarray(x)
+def _array(x):
+    """`x` as NumPy, in the types that Keras trains with."""
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            "Argument `probe_data` must hold arrays, (x, y) or (x, y, sample_weight). "
+            f"Received a {type(x).__name__} that is none: {error}"
+        ) from error
     return x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x
 
 
@@ -205,9 +234,11 @@ def _check_lengths(x, y, sample_weight):
                 "The sample weights of `probe_data` must have shape (n,). "
                 f"Received: {sample_weight.shape}"
             )
-        if not np.all(np.isfinite(sample_weight)) or np.any(sample_weight < 0):
+        number = sample_weight.dtype.kind in "biuf"
+        if not number or not np.all((sample_weight >= 0) & np.isfinite(sample_weight)):
             raise ValueError(
-                "The sample weights of `probe_data` must be finite and not negative."
+                "The sample weights of `probe_data` must be finite and not negative. "
+                f"Received: {sample_weight}"
             )
     if any(len(shape) == 0 for shape in shapes):
         raise ValueError(
@@ -233,23 +264,22 @@ def _check_finite(x):
 
 
 def num_output_units(model, x) -> int:
-    """Units of the model's output for inputs like `x`; nothing is computed.
+    """Units of the model's output for inputs like `x`.
+
+    Runs the model on one row, without a trace in its state; a model without weights
+    yet (a subclassed one) is built by it.
 
     Args:
-        model: A `keras.Model` with one output of shape `(n, units)`. A model without
-            weights yet (a subclassed one) is built.
+        model: A `keras.Model` with one output of shape `(n, units)`.
         x: Array, or structure of arrays, with the batch first.
 
     Raises:
         ValueError: for several outputs, or an output that has another shape.
     """
-    specs = keras.tree.map_structure(
-        lambda a: keras.KerasTensor(
-            (None, *np.shape(a)[1:]), keras.backend.standardize_dtype(a.dtype)
-        ),
-        x,
-    )
-    outputs = model.compute_output_spec(specs) if model.built else model(specs)
+    first = np.zeros(_fixed_batch_size(model) or 1, "int64")
+    row = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
+    with keras.StatelessScope():
+        outputs = model(row, training=False)
     shapes = [tuple(t.shape) for t in keras.tree.flatten(outputs)]
     if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] is None:
         raise ValueError(
@@ -282,12 +312,11 @@ class Probe:
     def __init__(self, model, sample: Sample, readout):
         self.readout = readout
         self.num_classes = targets.num_classes(sample.num_units)
-        self._batches = _equal_batches(
-            sample, _batch_size(model, len(sample.class_ids))
-        )
+        self._batches = _equal_batches(sample, _fixed_batch_size(model))
 
         def step(forward, state, x, class_ids, weight):
-            return readout.update(state, forward(x), class_ids, weight)
+            (outputs,) = keras.tree.flatten(forward(x))
+            return readout.update(state, outputs, class_ids, weight)
 
         self._step = backend.compile_step(model, step)
 
@@ -301,20 +330,20 @@ class Probe:
         return self.readout.finish(state)
 
 
-def _batch_size(model, n) -> int:
+def _fixed_batch_size(model) -> int | None:
     shapes = [tuple(t.shape) for t in keras.tree.flatten(getattr(model, "inputs", []))]
     fixed = {shape[0] for shape in shapes if shape and shape[0] is not None}
-    if fixed:
-        return fixed.pop()
-    return math.ceil(n / math.ceil(n / BATCH_SIZE))
+    return fixed.pop() if fixed else None
 
 
-def _equal_batches(sample, size):
+def _equal_batches(sample, size=None):
     """Batches of one shape, so that one trace serves all.
 
     The last one is filled up with repeated rows of weight 0.
     """
     n = len(sample.class_ids)
+    if size is None:
+        size = math.ceil(n / math.ceil(n / BATCH_SIZE))
     weight = sample.sample_weight
     weight = np.ones(n, "float32") if weight is None else weight
     batches = []

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_milr import information, targets
+from keras_milr._arguments import check_bool
 
 
 class Information(NamedTuple):
@@ -121,15 +122,18 @@ class Predictions:
     """
 
     def __init__(self, from_logits: bool = False):
+        check_bool("from_logits", from_logits)
         self.from_logits = from_logits
 
     def init(self, num_classes: int) -> dict:
         """The state before the first batch, for labels of `num_classes` classes."""
         return {
             "counts": np.zeros((num_classes + 1, num_classes), "float32"),
-            # Sums of weight × CE and weight × CE², and the weight of rows whose
-            # finite outputs are no probabilities.
-            "cross_entropy": np.zeros(3, "float32"),
+            # −log p(label): its sum for each class, and the sum of its squares.
+            "surprise": np.zeros(num_classes, "float32"),
+            "surprise_squared": np.zeros((), "float32"),
+            # Weight of rows whose finite outputs are no probabilities.
+            "improper": np.zeros((), "float32"),
         }
 
     def update(self, state: dict, outputs, class_ids, sample_weight=None) -> dict:
@@ -143,8 +147,12 @@ class Predictions:
 
         Returns:
             The new state.
+
+        Raises:
+            ValueError: for outputs of another shape.
         """
         ops = keras.ops
+        class_ids = ops.convert_to_tensor(class_ids, "int32")
         # float32 under mixed precision too: half precision cannot count.
         outputs = ops.cast(outputs, "float32")
         if len(outputs.shape) != 2:
@@ -159,28 +167,36 @@ class Predictions:
         # A row that is not finite says nothing, at the price of the worst guess.
         surprise = ops.where(finite, -log_p, -math.log(keras.config.epsilon()))
         improper = ops.where(finite & ~proper, sample_weight, 0.0)
-        sums = [
-            ops.sum(sample_weight * surprise),
-            ops.sum(sample_weight * surprise**2),
-            ops.sum(improper),
-        ]
-        counts = prediction_counts(outputs, class_ids, sample_weight, self.from_logits)
-        return {
-            "counts": state["counts"] + counts,
-            "cross_entropy": state["cross_entropy"] + ops.stack(sums),
+        classes = targets.num_classes(outputs.shape[-1])
+        sums = {
+            "counts": prediction_counts(
+                outputs, class_ids, sample_weight, self.from_logits
+            ),
+            "surprise": ops.segment_sum(
+                sample_weight * surprise, class_ids, num_segments=classes
+            ),
+            "surprise_squared": ops.sum(sample_weight * surprise**2),
+            "improper": ops.sum(improper),
         }
+        return {name: state[name] + value for name, value in sums.items()}
 
     def finish(self, state: dict) -> Information:
         """The information in the batches that `state` has seen."""
-        counts = keras.ops.convert_to_numpy(state["counts"]).astype("float64")
-        sums = keras.ops.convert_to_numpy(state["cross_entropy"]).astype("float64")
+        state = {
+            name: keras.ops.convert_to_numpy(value).astype("float64")
+            for name, value in state.items()
+        }
+        counts = state["counts"]
         total = counts.sum()
         bound = bound_stderr = float("nan")
-        if total > 0 and sums[2] == 0:
-            cross_entropy = sums[0] / total
-            variance = max(sums[1] / total - cross_entropy**2, 0.0)
-            bound = information.entropy(counts.sum(axis=0)) - cross_entropy
-            bound_stderr = np.sqrt(variance / total)
+        if total > 0 and state["improper"] == 0:
+            # H(Y) − CE is the mean over samples of log p(label | x) − log p(label).
+            labels = counts.sum(axis=0)
+            prior = -np.log(np.where(labels > 0, labels, total) / total)
+            bound = (prior @ labels - state["surprise"].sum()) / total
+            square = prior**2 @ labels - 2 * prior @ state["surprise"]
+            square = (square + state["surprise_squared"]) / total
+            bound_stderr = np.sqrt(max(square - bound**2, 0.0) / total)
         return from_counts(counts, bound, bound_stderr)
 
     def measure(self, outputs, class_ids, num_classes: int) -> Information:
@@ -285,10 +301,13 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
 
 def _fano(counts, entropy):
     """Fano's lower bound on the information, and its standard error (delta method)."""
-    classes, samples = counts.shape[1], max(counts.sum(), 1e-30)
-    error = 1.0 - np.trace(counts) / samples
+    classes, samples = counts.shape[1], max(counts.sum(), 1.0)
+    # Without a prediction nothing is known: up to log K is missing in such rows.
+    none = counts[-1].sum() / samples
+    error = 1.0 - np.trace(counts) / max(counts[:-1].sum(), 1.0)
     binary = float(information.entropy(np.array([error, 1.0 - error])))
-    value = entropy - binary - error * np.log(classes - 1)
+    missing = binary + error * np.log(classes - 1)
+    value = entropy - none * np.log(classes) - (1.0 - none) * missing
     inner = np.clip(error, 1.0 / samples, 1.0 - 1.0 / samples)
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
     stderr = abs(slope) * np.sqrt(inner * (1.0 - inner) / samples)

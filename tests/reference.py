@@ -58,9 +58,9 @@ def standard_error(table):
 def h_minus_ce(probabilities, labels):
     """H(Y) − CE, and its standard error."""
     p = probabilities[np.arange(len(labels)), labels]
-    surprise = -np.log(np.clip(p, 1e-7, 1 - 1e-7))
-    nats = entropy(np.bincount(labels)) - surprise.mean()
-    return max(nats, 0.0), surprise.std() / math.sqrt(len(labels))
+    prior = (np.bincount(labels) / len(labels))[labels]
+    nats = np.log(np.clip(p, 1e-7, 1 - 1e-7)) - np.log(prior)
+    return max(nats.mean(), 0.0), nats.std() / math.sqrt(len(labels))
 
 
 def relative_change(r, expected=0.05, floor=0.1, max_factor=1.5):

@@ -57,6 +57,28 @@ class Subclassed(keras.Model):
         return self.out(self.drop(self.hidden(x), training=training))
 
 
+class NoTrainingArgument(Subclassed):
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+
+class TrainingWithoutDefault(Subclassed):
+    def call(self, x, training):
+        return self.out(self.drop(self.hidden(x), training=training))
+
+
+class RawWeights(keras.Model):
+    """Relies on autocasting: a matrix product of a float16 and a float32 one."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(32, activation="relu")
+        self.w = self.add_weight(shape=(32, 10))
+
+    def call(self, x):
+        return keras.ops.softmax(tf.matmul(self.hidden(x), self.w))
+
+
 class CustomStep(Subclassed):
     def train_step(self, data):
         x, y = data
@@ -306,6 +328,12 @@ class TestReadings:
             expected = record["entropy"] / 2 if expected is None else expected
             assert record["reference"] == expected
 
+    def test_logged_is_the_rate_that_was_trained_with(self, digits):
+        """Also when the last batch of the epoch brings a reading."""
+        callback = keras_milr.MutualInformationLR(halve, digits, update_freq=57)
+        rates = fit(callback, digits).history["learning_rate"]
+        np.testing.assert_allclose(rates, [1e-3, 5e-4, 2.5e-4], rtol=1e-6)
+
     def test_verbose(self, digits, capsys):
         fit(keras_milr.MutualInformationLR(halve, digits, verbose=1), digits, epochs=1)
         printed = capsys.readouterr().out
@@ -353,8 +381,43 @@ class TestTheMetricAsSource:
             keep, monitor="val_mutual_information"
         )
         options = {"validation_split": 0.3, "validation_freq": 2}
-        fit(callback, digits, self.compiled(), epochs=4, **options)
+        with pytest.warns(UserWarning, match="`val_mutual_information` is not avail"):
+            fit(callback, digits, self.compiled(), epochs=4, **options)
         assert [r["epoch"] for r in callback.history] == [1, 3]
+
+    def test_a_metric_used_since_is_refused(self, digits):
+        x, y = digits
+        meddler = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: meddler.model.evaluate(
+                x[:99], y[:99], verbose=0
+            )
+        )
+        callback = keras_milr.MutualInformationLR(keep)
+        with pytest.raises(ValueError, match="Put MutualInformationLR before it"):
+            fit(None, digits, self.compiled(), callbacks=[meddler, callback])
+        fit(None, digits, self.compiled(), callbacks=[callback, meddler])
+
+    def test_batch_readings_lose_no_counts_between_epochs(self, digits):
+        callback = keras_milr.MutualInformationLR(keep, update_freq=20)
+        fit(callback, digits, self.compiled(), epochs=3)  # 57 batches an epoch
+        taken = [(r["epoch"], r["batch"]) for r in callback.history]
+        assert taken == [
+            *((0, 20), (0, 40)),
+            *((1, 3), (1, 23), (1, 43)),
+            *((2, 6), (2, 26), (2, 46)),
+        ]
+        # H(Y) of 20 batches each; a torn reading had it of 3 or 6.
+        assert {r["estimator"] for r in callback.history} == {"counts"}
+
+    def test_batch_readings_wait_for_a_second_class(self, digits):
+        order = np.argsort(digits[1] > 4, kind="stable")
+        x, y = digits[0][order], (digits[1][order] > 4).astype("int32")
+        model = make_model(units=1, metrics=[keras_milr.MutualInformation()])
+        callback = keras_milr.MutualInformationLR(keep, update_freq=10)
+        fit(callback, (x, y), model, epochs=1, shuffle=False)
+        # 901 of the first class: the second comes in batch 29, and then no other.
+        assert [r["batch"] for r in callback.history] == [30]
+        assert callback.history[0]["entropy"] < 0.3
 
     def test_every_so_many_batches(self, digits):
         """Each reading has the counts since the one before it."""
@@ -398,13 +461,20 @@ class TestTheMetricAsSource:
 class TestModelsAndData:
     @pytest.mark.parametrize(
         "make",
-        [Subclassed, CustomStep, "functional", "nested", "not built"],
+        [
+            *(Subclassed, CustomStep, NoTrainingArgument, TrainingWithoutDefault),
+            *("functional", "dict output", "nested", "not built"),
+        ],
     )
     def test_models(self, digits, make):
         if make == "functional":
             inputs = keras.Input((64,))
             outputs = keras.layers.Dense(10, activation="softmax")(inputs)
             model = keras.Model(inputs, outputs)
+        elif make == "dict output":
+            inputs = keras.Input((64,))
+            outputs = keras.layers.Dense(10, activation="softmax", name="o")(inputs)
+            model = keras.Model(inputs, {"o": outputs})
         elif make == "not built":
             model = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
         elif make == "nested":
@@ -415,10 +485,51 @@ class TestModelsAndData:
         callback = keras_milr.MutualInformationLR(probe_data=digits)
         fit(callback, digits, model, epochs=4)
         assert callback.history[-1]["value"] > 1.0
-        predicted = model.predict(digits[0], verbose=0).argmax(axis=1)
+        predicted = model.predict(digits[0], verbose=0)
+        predicted = predicted["o"] if make == "dict output" else predicted
         assert callback.history[-1]["raw"] == pytest.approx(
-            mutual_info_score(digits[1], predicted), abs=1e-4
+            mutual_info_score(digits[1], predicted.argmax(axis=1)), abs=1e-4
         )
+
+    def test_subclassed_in_mixed_precision(self, digits):
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            model = RawWeights()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        model.compile("adam", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        fit(callback, digits, model, epochs=3)
+        assert callback.history[-1]["value"] > 1.0
+
+    @pytest.mark.parametrize("kind", ["object", "str", "dataset"])
+    def test_text(self, kind):
+        """A model that takes strings."""
+        x = np.array(["a good day", "so bad", "good good", "bad day"] * 20)
+        y = np.array([1, 0, 1, 0] * 20)
+        vectorize = keras.layers.TextVectorization(output_sequence_length=4)
+        vectorize.adapt(x)
+        inputs = keras.Input((), dtype="string")
+        hidden = keras.layers.Embedding(10, 8, mask_zero=True)(vectorize(inputs))
+        hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(hidden))
+        model.compile(keras.optimizers.Adam(0.1), "binary_crossentropy")
+        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(20)
+        data = {"object": (x.astype(object), y), "str": (x, y), "dataset": dataset}
+        callback = keras_milr.MutualInformationLR(probe_data=data[kind])
+        fit(callback, dataset, model, epochs=5)
+        assert callback.history[-1]["raw"] == pytest.approx(np.log(2))
+
+    def test_one_feature_without_its_axis(self):
+        x = np.linspace(-1, 1, 200, dtype="float32")
+        y = (x > 0).astype("int32")
+        model = keras.Sequential(
+            [keras.Input((1,)), keras.layers.Dense(2, activation="softmax")]
+        )
+        model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(probe_data=(x, y))
+        fit(callback, (x, y), model, epochs=5)
+        assert callback.history[-1]["raw"] > 0.5
 
     def test_training_data(self, digits):
         x, y = digits
@@ -529,12 +640,25 @@ class TestBadInput:
             (np.ones(3), r"array\(\[1., 1., 1.\]\)"),
             ("fast", "'fast'"),
             (None, "None"),
+            ("0.01", "'0.01'"),
+            (True, "True"),
+            (1j, "1j"),
         ):
             self.raises(
                 digits,
                 f"`policy` must return.*{received}",
                 policy=lambda r, v=result: v,
             )
+
+    def test_a_policy_that_computes_in_place(self, digits):
+        """It would overwrite the rate that its result is compared with."""
+
+        def policy(reading):
+            rate = reading.rate
+            rate *= 0.5
+            return rate
+
+        self.raises(digits, "read-only", policy=policy)
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
@@ -555,6 +679,15 @@ class TestBadInput:
             ({"update_freq": 0}, ValueError, "`update_freq`.*at least 1, or 'epoch'"),
             ({"update_freq": "batch"}, ValueError, "`update_freq`.*'batch'"),
             ({"update_freq": None}, TypeError, "`update_freq`.*NoneType"),
+            ({"min_lr": 10**400}, ValueError, "`min_lr`.*finite"),
+            ({"learning_rate": 1e39}, ValueError, "`learning_rate`.*at most 3.4"),
+            ({"update_freq": np.ones(2)}, TypeError, "`update_freq`.*ndarray"),
+            ({"readout": np.ones(2)}, TypeError, "`readout` must be 'auto'"),
+            ({"seed": -1}, ValueError, "`seed`.*at least 0"),
+            ({"verbose": "auto"}, TypeError, "`verbose` must be 0 or 1"),
+            ({"probe_data": None, "monitor": 3}, TypeError, "`monitor` must be a log"),
+            ({"reference": lambda i: None}, ValueError, "`reference` must return"),
+            ({"reference": lambda i: [1.0]}, ValueError, "`reference` must return"),
             ({"reference": -1.0}, ValueError, "`reference`.*-1.0"),
             ({"reference": lambda i: -1.0}, ValueError, "`reference` must return"),
             ({"readout": "hidden"}, TypeError, "`readout` must be 'auto'"),

@@ -264,5 +264,5 @@ def test_bad_arguments():
         information.contingency([0, 1], [0, 1], 2, 2, [1.0, -1.0])
     with pytest.raises(ValueError, match="`sample_weight` must have the shape"):
         information.contingency([0, 1], [0, 1], 2, 2, [1.0])
-    with pytest.raises(ValueError, match="`num_a` must be a positive integer"):
+    with pytest.raises(ValueError, match="`num_a` must be an integer, at least 1"):
         information.contingency([0, 1], [0, 1], 0, 2)

@@ -160,6 +160,23 @@ def test_config():
     assert again.from_logits is True
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_ids_that_are_no_class_are_not_counted(digits, eager):
+    x, y = digits[0][:500], digits[1][:500].copy()
+    y[:100] = -1
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+    model = make_model(loss=loss, run_eagerly=eager, jit_compile=False)
+    assert information(model, x, y) == pytest.approx(
+        mutual_info_score(y[100:], predicted(model, x[100:])), abs=1e-5
+    )
+
+
+def test_scalar_weight():
+    metric = keras_milr.MutualInformation()
+    metric.update_state([0, 1, 1], np.eye(2)[[0, 1, 0]], sample_weight=2.0)
+    np.testing.assert_array_equal(metric.counts, [[2, 2], [0, 2], [0, 0]])
+
+
 def test_bad_shapes():
     metric = keras_milr.MutualInformation()
     with pytest.raises(ValueError, match=r"outputs of shape \(n, units\)"):

@@ -39,7 +39,12 @@ def test_of_a_callback(trained):
     )
     (entropy,) = (v for k, v in drawn.items() if k.startswith("H(Y)"))
     np.testing.assert_allclose(entropy.get_ydata(), np.log(10), atol=1e-3)
-    assert len(top.collections) == 1  # the noise band
+    (band,) = top.collections
+    last = callback.history[-1]
+    edges = band.get_paths()[0].vertices
+    at_end = edges[np.isclose(edges[:, 0], 3), 1]
+    np.testing.assert_allclose(at_end.max(), last["information"] + last["noise"])
+    np.testing.assert_allclose(at_end.min(), last["information"] - last["noise"])
     (rate,) = bottom.get_lines()
     np.testing.assert_allclose(rate.get_ydata()[1:], history.history["learning_rate"])
     assert bottom.get_yscale() == "log"
@@ -66,6 +71,12 @@ def test_of_a_history_with_the_metric_only(trained):
     drawn = lines(keras_milr.plot_history(history))
     np.testing.assert_allclose(
         drawn["counted mutual information"].get_ydata(), [0.4, 0.5]
+    )
+    # Validated every other epoch: only the training curve has a place on the axis.
+    history.history["val_mutual_information"] = [0.5]
+    drawn = lines(keras_milr.plot_history(history))
+    np.testing.assert_allclose(
+        drawn["counted mutual information"].get_ydata(), [0.5, 0.6]
     )
 
 

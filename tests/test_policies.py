@@ -11,6 +11,16 @@ POLICIES = [
     (policies.RelativeChange, reference.relative_change),
     (policies.ReferenceLevel, reference.reference_level),
 ]
+OTHER_CONSTANTS = {
+    policies.RelativeChange: {"expected": 0.2, "floor": 0.01, "max_factor": 50.0},
+    policies.ReferenceLevel: dict(
+        zip(
+            policies.ReferenceLevel._constants,
+            (0.3, 0.2, 0.1, 0.05, 15, 0.6),
+            strict=True,
+        )
+    ),
+}
 BOTH = pytest.mark.parametrize("policy", [cls() for cls, _ in POLICIES])
 
 # What a training can produce: information within [0, reference], a rate not above
@@ -54,10 +64,11 @@ def entry(reading, i):
 @given(reading=readings(size=4))
 def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
     """The same code for one rate and for many."""
-    rates = policy()(reading)
-    assert rates.shape == (4,)
-    expected = [plain(entry(reading, i)) for i in range(4)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    for constants in ({}, OTHER_CONSTANTS[policy]):
+        rates = policy(**constants)(reading)
+        assert rates.shape == (4,)
+        expected = [plain(entry(reading, i), **constants) for i in range(4)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
 @BOTH

@@ -173,6 +173,11 @@ class TestBadData:
     def test_too_small_for_the_classes(self):
         self.raises((self.x, self.y), "at least 2 for each class.*probe_size=3", 3)
 
+    def test_ragged(self):
+        batches = [(np.zeros((4, n)), np.arange(4) % 2) for n in (1, 2)]
+        self.raises(iter(batches), "must have the same shapes.*pad them")
+        self.raises(batches, "must hold arrays")
+
     def test_infinite_dataset(self):
         dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y)).batch(5)
         self.raises(dataset.repeat(), "must be finite.*repeats")
@@ -184,6 +189,9 @@ class TestBadData:
     def test_weights(self):
         self.raises((self.x, self.y, -np.ones(20)), "weights.*finite and not negative")
         self.raises((self.x, self.y, np.ones((20, 1))), r"weights.*shape \(n,\)")
+        self.raises((self.x, self.y, np.full(20, "w")), "weights.*finite")
+        self.raises((self.x, self.y, np.zeros(20)), "above 0 in at least two classes")
+        self.raises((self.x, self.y, self.y), "above 0 in at least two classes")
 
     def test_nothing_like_data(self):
         self.raises(3, "must be.*of type int", error=TypeError)
@@ -275,10 +283,22 @@ class TestProbe:
         model = make_model()
         rows = np.repeat(np.arange(301), weight.astype(int))
         weighted = probe.draw_sample((x, y, weight), model, 301)
+        scaled = probe.draw_sample((x, y, 1e-4 * weight), model, 301)
         repeated = probe.draw_sample((x[rows], y[rows]), model, 10_000)
-        first = probe.Probe(model, weighted, Predictions()).measure()
-        second = probe.Probe(model, repeated, Predictions()).measure()
+        first, second, third = (
+            probe.Probe(model, sample, Predictions()).measure()
+            for sample in (weighted, scaled, repeated)
+        )
+        # Weights say how much a sample matters, not how many there were.
+        effective = weight.sum() ** 2 / (weight**2).sum()
+        assert weighted.sample_weight.sum() == pytest.approx(effective, rel=1e-5)
         np.testing.assert_allclose(first[:-1], second[:-1], atol=1e-5)
+        for field in ("raw", "entropy", "bound"):
+            assert getattr(first, field) == pytest.approx(
+                getattr(third, field), abs=1e-5
+            )
+        more = np.sqrt(weight.sum() / effective)
+        assert first.bound_stderr == pytest.approx(third.bound_stderr * more, rel=1e-4)
 
     def test_a_fixed_batch_size_is_kept(self, digits):
         inputs = keras.Input(batch_shape=(48, 64))

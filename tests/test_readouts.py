@@ -122,6 +122,44 @@ def test_unknown_outputs_say_nothing_but_are_counted():
     assert half.entropy == pytest.approx(reference.entropy(np.bincount(labels)))
 
 
+@pytest.mark.parametrize("share", [0.5, 0.05])
+@pytest.mark.parametrize("knows", [False, True])
+def test_standard_error_of_the_bound(share, knows):
+    """The spread over 300 draws, balanced and not, of a model that knows the prior
+    only, and of one that knows more."""
+    rng = np.random.default_rng(0)
+    bounds, stated = [], []
+    for _ in range(300):
+        labels = (rng.random(1000) < share).astype(int)
+        p = np.full(1000, 1.01 * share)
+        if knows:
+            p = np.where(rng.random(1000) < 0.9, labels, 1 - labels) * 0.8 + 0.1
+        # Not clipped at 0, so that the whole distribution is seen.
+        log_p = np.log(np.where(labels == 1, p, 1 - p))
+        bounds.append(reference.entropy(np.bincount(labels)) + log_p.mean())
+        info = readouts.Predictions().measure(p[:, None], labels, 2)
+        stated.append(info.bound_stderr)
+    assert np.mean(stated) == pytest.approx(np.std(bounds), rel=0.2, abs=2e-4)
+
+
+def test_probabilities_are_normalised():
+    outputs, labels = sample(3, 300)
+    exact = readouts.Predictions().measure(outputs, labels, 3)
+    rounded = readouts.Predictions().measure(1.03 * outputs, labels, 3)
+    assert rounded.bound == pytest.approx(exact.bound, abs=1e-5)
+
+
+def test_fano_knows_nothing_of_rows_without_prediction():
+    for classes, n in ((2, 16), (10, 400)):
+        labels = np.arange(n) % classes
+        table = np.zeros((classes + 1, classes))
+        table[-1] = np.bincount(labels)
+        info = readouts.from_counts(table)
+        assert info.estimator == "fano"
+        assert info.value == pytest.approx(0, abs=1e-12)
+        assert np.isfinite(info.stderr)
+
+
 def test_outputs_that_are_no_probabilities_have_no_bound():
     outputs, labels = sample(3, 300)
     info = readouts.Predictions().measure(np.log(outputs), labels, 3)
@@ -185,6 +223,8 @@ def test_bad_input():
         readout.measure(outputs, labels + 1, 3)
     with pytest.raises(ValueError, match="same length"):
         readout.measure(outputs, labels[:-1], 3)
+    with pytest.raises(TypeError, match="`from_logits` must be True or False"):
+        readouts.Predictions(from_logits="no")
     with pytest.raises(ValueError, match="outputs of shape"):
         readout.update(readout.init(3), outputs[:, :, None], labels)
 

@@ -44,6 +44,7 @@ def test_kinds(labels, units, kind, expected):
         ([[0.5, 0.5], [1.0, 0.0]], 2, "one-hot.*row 0"),
         ([[1.0, 0.0], [1.0, 1.0]], 2, "one-hot.*row 1"),
         ([[1.0, 0.0], [0.0, 0.0]], 2, "one-hot.*row 1"),
+        ([[1.0, 0.5], [0.0, 1.0]], 2, "one-hot.*row 0"),
         (np.zeros((4, 3)), 5, r"shape \(n, 5\).*\(4, 3\)"),
         (np.zeros((4, 3, 3)), 3, r"Received: labels of shape \(4, 3, 3\)"),
         (np.zeros(()), 3, r"Received: labels of shape \(\)"),

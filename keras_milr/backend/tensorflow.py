@@ -1,5 +1,6 @@
 """How a measurement is compiled on TensorFlow."""
 
+import keras
 import tensorflow as tf
 
 
@@ -11,15 +12,9 @@ def is_symbolic(x):
 def compile_step(model, step):
     def forward(x):
         # Stateless, so that even a layer which draws random numbers or updates
-        # statistics at inference leaves no trace. The variables are read in the
-        # graph: a later call sees their later values.
-        outputs, _ = model.stateless_call(
-            [v.value for v in model.trainable_variables],
-            [v.value for v in model.non_trainable_variables],
-            x,
-            training=False,
-        )
-        return outputs
+        # statistics at inference leaves no trace.
+        with keras.StatelessScope():
+            return model(x, training=False)
 
     def run(*args):
         return step(forward, *args)
