@@ -195,7 +195,8 @@ class MetricTable:
             raise ValueError(
                 f"The metric {self._metric.name!r} has been used since the epoch "
                 "ended, by `evaluate` in another callback? Put MutualInformationLR "
-                f"before it, or pass `probe_data`. Received: {nats} nats, {key}={logs[key]}"
+                f"before it, or pass `probe_data`. Received: {nats} nats, while "
+                f"{key}={logs[key]}"
             )
         if self._validation:
             self._unread = total
