@@ -191,7 +191,7 @@ class MetricTable:
         use_trained = validated and not self._validation
         total = self._trained if use_trained else self._counts()
         nats = information.mutual_information(total)
-        if abs(nats - logs.get(key, nats)) > 1e-3:
+        if abs(nats - logs.get(key, nats)) > 0.01:
             raise ValueError(
                 f"The metric {self._metric.name!r} has been used since the epoch "
                 "ended, by `evaluate` in another callback? Put MutualInformationLR "
