@@ -6,8 +6,11 @@ policy keeps the rate, so that all do the same training.
 
 The speed of a shared machine changes from second to second. So the three `fit`s
 of a round take turns, a few batches each, and each is timed in its turns only: a
-disturbance hits all alike. Ratios compare the same epoch of the same round; the median
-is reported with the quartiles. Prints a table and writes JSON.
+disturbance hits all alike. Even so a machine may stall for longer than an epoch takes.
+So the time of an epoch is put together turn by turn, from the median of each turn over
+the rounds (and, after the first epoch, which compiles, over the epochs). The quartiles
+are those of the same sums over 1,000 bootstrap samples of the rounds and epochs. Prints
+a table and writes JSON.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --samples 2000 --epochs 2 --rounds 2
@@ -59,12 +62,12 @@ class Turns:
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds of each epoch in its own turns, whatever other callbacks do included."""
+    """Seconds of each turn, by epoch, whatever other callbacks do in it included."""
 
     def __init__(self, name, turns, batches):
         super().__init__()
         self.name, self.turns, self.batches = name, turns, batches
-        self.seconds = [0.0]
+        self.seconds = [[]]
 
     def start(self):
         self.turns.wait(self.name)
@@ -72,7 +75,7 @@ class Clock(keras.callbacks.Callback):
 
     def stop(self):
         now = time.perf_counter()
-        self.seconds[-1] += now - self.since
+        self.seconds[-1].append(now - self.since)
         self.since = now
 
     def on_train_batch_end(self, batch, logs=None):
@@ -83,7 +86,7 @@ class Clock(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.stop()
-        self.seconds.append(0.0)
+        self.seconds.append([])
 
     def on_train_end(self, logs=None):
         self.seconds.pop()  # The next epoch, which never came.
@@ -126,7 +129,7 @@ def train(variant, clock, x, y, arguments):
 
 
 def run_round(x, y, arguments, order=VARIANTS):
-    """Seconds of each epoch, by variant; the `fit`s take turns."""
+    """Seconds of each turn of each epoch, by variant; the `fit`s take turns."""
     turns = Turns(order)
     clocks = {name: Clock(name, turns, arguments.turn) for name in order}
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -138,6 +141,42 @@ def run_round(x, y, arguments, order=VARIANTS):
             fit.result()
     keras.backend.clear_session()
     return {name: clock.seconds for name, clock in clocks.items()}
+
+
+def compare(rounds, seed=0):
+    """Ratios to `fit` without: lower quartile, median, upper quartile."""
+    # Shape (rounds, epochs, turns). The same resampling for all variants.
+    turns = {name: np.array([r[name] for r in rounds]) for name in VARIANTS}
+    count, epochs, _ = turns["without"].shape
+    rng = np.random.default_rng(seed)
+
+    def times(choose):
+        first = choose(count)
+        later = choose(count * (epochs - 1))
+        found = {}
+        for name, seconds in turns.items():
+            once = np.median(seconds[first, 0], axis=0).sum()
+            rest = seconds[:, 1:].reshape(-1, seconds.shape[2])[later]
+            again = np.median(rest, axis=0).sum() if epochs > 1 else 0.0
+            found[name] = {
+                "first epoch": once,
+                "later epochs": again,
+                "whole fit": once + (epochs - 1) * again,
+            }
+        return found
+
+    measured = times(np.arange)
+    resampled = [times(lambda n: rng.integers(0, max(n, 1), n)) for _ in range(1000)]
+    table = {}
+    for name in VARIANTS[1:]:
+        for part in ("whole fit", "first epoch", "later epochs"):
+            if measured["without"][part] == 0:
+                continue
+            spread = [t[name][part] / t["without"][part] for t in resampled]
+            low, high = np.quantile(spread, [0.25, 0.75])
+            ratio = measured[name][part] / measured["without"][part]
+            table[f"{name}, {part}"] = [float(v) for v in (low, ratio, high)]
+    return table
 
 
 def main():
@@ -171,25 +210,10 @@ def main():
         rounds.append(run_round(x, y, arguments, order))
         bar.add(1)
 
-    print(
-        f"\n{'time over `fit` without':<26} {'median':>8} {'quartiles':>17} {'of':>4}"
-    )
-    table = {}
-    for variant in VARIANTS[1:]:
-        table[f"{variant}, whole fit"] = [
-            sum(r[variant]) / sum(r["without"]) for r in rounds
-        ]
-        table[f"{variant}, first epoch"] = [
-            r[variant][0] / r["without"][0] for r in rounds
-        ]
-        table[f"{variant}, later epochs"] = [
-            mine / other
-            for r in rounds
-            for mine, other in zip(r[variant][1:], r["without"][1:], strict=True)
-        ]
-    for name, ratios in table.items():
-        low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-        print(f"{name:<26} {median:>8.3f} {low:>8.3f} … {high:.3f} {len(ratios):>5}")
+    table = compare(rounds)
+    print(f"\n{'time over `fit` without':<26} {'ratio':>7} {'quartiles':>17}")
+    for name, (low, ratio, high) in table.items():
+        print(f"{name:<26} {ratio:>7.3f} {low:>8.3f} … {high:.3f}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps(

@@ -222,7 +222,7 @@ def _array(x):
             "Argument `probe_data` must hold arrays, (x, y) or (x, y, sample_weight). "
             f"Received a {type(x).__name__} that is none: {error}"
         ) from error
-    return x.astype(keras.config.floatx()) if x.dtype.kind == "f" else x
+    return x.astype(keras.config.floatx(), copy=False) if x.dtype.kind == "f" else x
 
 
 def _check_lengths(x, y, sample_weight):
