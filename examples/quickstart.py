@@ -32,7 +32,7 @@ def parse_arguments():
         help="digits ships with scikit-learn; Keras downloads the others",
     )
     parser.add_argument("--model", choices=["auto", "mlp", "cnn"], default="auto")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=None, help="32, or 128 (cnn)")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="adam")
@@ -156,7 +156,7 @@ def print_table(results):
         accuracies = [r["accuracy"] for r in runs]
         spread = np.std(accuracies, ddof=1) if len(runs) > 1 else float("nan")
         print(
-            f"{name:<18} {mean['accuracy']:>9.4f} ±{spread:.4f} "
+            f"{name:<18} {mean['accuracy']:>9.4f} {spread:<7} "
             f"{mean['best_epoch']:>11.1f} {mean['seconds']:>8.1f} "
             f"{mean['information']:>15.3f}"
         )

@@ -283,6 +283,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         rate = self._rate()
         self._peak_rate = max(self._peak_rate, rate)
         information = info.accessible
+        noise = info.noise
+        if self._table is not None and self.update_freq != "epoch":
+            noise = math.sqrt(2) * info.stderr  # Each reading has other samples.
         values = (
             rate,
             self._start_rate,
@@ -291,7 +294,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._previous,
             max(self._best, information),
             self._reference_of(info),
-            info.accessible_stderr,
+            noise,
         )
         arrays = [np.array([value], "float64") for value in values]
         for array in arrays:

@@ -30,7 +30,8 @@ class Reading(NamedTuple):
         previous: The same at the previous reading.
         best: The largest so far, this reading included.
         reference: What `information` is measured against, nats; H(Y) by default.
-        noise: Changes of the information up to this size mean nothing, nats.
+        noise: Standard error of a change of the information, nats. A change up to
+            this size means nothing.
         step: Number of this reading: 1 for the first after training has begun.
         steps: Number of readings planned, or None where it is not known.
         rollbacks: How often the training has been rolled back.

@@ -126,9 +126,9 @@ class TestSettingTheRate:
             bound, bound_error = reference.h_minus_ce(p, y)
             found = {
                 "information": max(counted, bound),
-                "noise": bound_error
+                "noise": 0.15 * bound_error
                 if bound > counted
-                else reference.standard_error(table),
+                else 0.5 * reference.standard_error(table),
                 "previous": max(counted, bound) if previous is None else previous,
                 "reference": entropy,
                 "rate": rate,

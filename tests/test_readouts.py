@@ -165,7 +165,7 @@ def test_outputs_that_are_no_probabilities_have_no_bound():
     info = readouts.Predictions().measure(np.log(outputs), labels, 3)
     assert np.isnan(info.bound)
     assert info.accessible == info.value > 0
-    assert info.accessible_stderr == info.stderr
+    assert info.noise == 0.5 * info.stderr
 
 
 class TestManyClasses:
