@@ -154,7 +154,7 @@ def print_table(results):
         columns = ("accuracy", "best_epoch", "seconds", "information")
         mean = {key: np.mean([r[key] for r in runs]) for key in columns}
         accuracies = [r["accuracy"] for r in runs]
-        spread = np.std(accuracies, ddof=1) if len(runs) > 1 else float("nan")
+        spread = f"±{np.std(accuracies, ddof=1):.4f}" if len(runs) > 1 else ""
         print(
             f"{name:<18} {mean['accuracy']:>9.4f} {spread:<7} "
             f"{mean['best_epoch']:>11.1f} {mean['seconds']:>8.1f} "
