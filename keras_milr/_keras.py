@@ -1,6 +1,6 @@
 """Private names of Keras that we rely on, all of them.
 
-Tested with Keras 3.12 to 3.15.
+Tested with Keras 3.12.4 and 3.15.1.
 """
 
 import keras

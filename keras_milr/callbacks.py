@@ -197,6 +197,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._batch = 0
+        self._trained_rate = None
         if self._table is not None:
             self._table.begin_epoch()
         # Not in `on_train_begin`: a callback after this one may restore a backup there.
@@ -210,11 +211,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         trained = min(batch + 1, self.params.get("steps") or math.inf)
         self._since_reading += trained - self._batch
         self._batch = trained
-        if self.update_freq != "epoch":
+        self._trained_rate = None
+        if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
+            self._since_reading = 0
             self._trained_rate = self._rate()
-            if self._since_reading >= self.update_freq:
-                self._since_reading = 0
-                self._update(mid_epoch=True)
+            self._update(mid_epoch=True)
 
     def on_test_begin(self, logs=None):
         if self._table is not None:
@@ -224,11 +225,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         logs = {} if logs is None else logs
         if self._table is not None:
             self._table.end_epoch(logs)
+        rate = self._trained_rate  # The last batch's, where its reading changed it.
+        logs["learning_rate"] = self._rate() if rate is None else rate
         if self.update_freq == "epoch":
-            logs["learning_rate"] = self._rate()
             self._update()
-        else:
-            logs["learning_rate"] = self._trained_rate
         if self._probe is not None:
             logs["probe_mutual_information"] = self._last.value
             logs["probe_information"] = self._last.accessible
@@ -318,12 +318,10 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _next_rate(self, reading) -> float:
         result = self._policy(reading)
         try:
-            rates = np.asarray(result, "float64")
-        except (TypeError, ValueError):
-            rates = None
-        shapes = ((), reading.rate.shape)
-        kind = np.asarray(result).dtype.kind
-        if kind not in "iuf" or rates is None or rates.shape not in shapes:
+            rates = np.asarray(result)
+        except ValueError:  # A ragged list, say.
+            rates = np.asarray(None)
+        if rates.dtype.kind not in "iuf" or rates.shape not in ((), reading.rate.shape):
             raise ValueError(
                 "Argument `policy` must return a rate, or an array of the shape of "
                 f"`reading.rate`, {reading.rate.shape}. Received: {result!r}"

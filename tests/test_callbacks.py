@@ -643,6 +643,7 @@ class TestBadInput:
             ("0.01", "'0.01'"),
             (True, "True"),
             (1j, "1j"),
+            ([[1.0], [1.0, 2.0]], r"\[\[1.0\]"),
         ):
             self.raises(
                 digits,
