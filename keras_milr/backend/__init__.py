@@ -1,8 +1,9 @@
 """The few lines that differ between Keras' backends.
 
-A backend module has two functions:
+A backend module has three functions:
 
 - `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet.
+- `jit(function)`: the pure function, compiled; its Python arguments are constants.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
   `forward(x)` is the model in inference mode with all its state left alone. It
   is traced once for each set of shapes and types.
@@ -14,11 +15,14 @@ measurement says so, and TensorFlow is not imported.
 import keras
 
 if keras.backend.backend() == "tensorflow":
-    from keras_milr.backend.tensorflow import compile_step, is_symbolic
+    from keras_milr.backend.tensorflow import compile_step, is_symbolic, jit
 else:
 
     def is_symbolic(x):
         return False
+
+    def jit(function):
+        return function
 
     def compile_step(model, step):
         raise NotImplementedError(
@@ -27,4 +31,4 @@ else:
         )
 
 
-__all__ = ["compile_step", "is_symbolic"]
+__all__ = ["compile_step", "is_symbolic", "jit"]

@@ -9,6 +9,10 @@ def is_symbolic(x):
     return not tf.executing_eagerly() or tf.is_symbolic_tensor(x)
 
 
+def jit(function):
+    return tf.function(function)
+
+
 def compile_step(model, step):
     def forward(x):
         # Stateless, so that even a layer which draws random numbers or updates

@@ -1,0 +1,199 @@
+"""A linear readout of a layer, on samples that it was not fitted to."""
+
+import functools
+
+import keras
+import numpy as np
+
+from keras_milr import backend
+from keras_milr._arguments import check_integer
+from keras_milr.readouts import features as feature
+from keras_milr.readouts.predictions import Predictions
+from keras_milr.readouts.result import Information
+
+_CELLS = 4  # to which each axis of space or time is averaged
+_RIDGE = 0.01  # as a share of the mean variance
+# How far the readout's confidence may be lowered; at 0 it knows the classes' shares.
+_TEMPERATURES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.0], "float32")
+
+
+@keras.saving.register_keras_serializable(package="keras_milr")
+class LinearReadout:
+    """Reads a layer: what a linear classifier gets out of it about the label.
+
+    The samples are split in two halves, stratified by class. Linear discriminant
+    analysis is fitted in closed form to one half and predicts the labels of the other,
+    and the other way round; `Predictions` then measures the information in what was
+    predicted. Since no sample is predicted by a readout that it was fitted to, the
+    result is a lower bound of the layer's accessible information, about 0 where the
+    labels have nothing to do with the activations, and comparable between layers and
+    with the network's output.
+
+    Space and time are averaged to at most 4 cells an axis, and more than `2 * sketch`
+    features are summed at random to `sketch`. Features are standardised on the half
+    that is fitted; their pooled covariance is shrunk towards its mean variance by as
+    much as OAS finds right for their number, plus 1 percent. The confidence of both
+    predictions together is lowered by one factor of eight, the one that suits the
+    labels best: with few samples, discriminant analysis is too sure of itself, and
+    H(Y) − CE would hide what is known.
+
+    It reads what a *new* readout could get out of the layer, so it does not see that
+    the layers above no longer fit: a shift of the activations that spoils the network
+    may leave the reading as it was.
+
+    Example:
+
+    ```python
+    hidden = keras.Model(model.inputs, model.get_layer("hidden").output)
+    readout = keras_milr.readouts.LinearReadout()
+    info = readout.measure(hidden.predict(x), y, num_classes=10)
+    print(info.accessible, "of", info.entropy, "nats")
+    ```
+
+    Args:
+        sketch: Number of random sums that more than twice as many features are reduced
+            to. Defaults to `256`.
+        seed: Integer seed of these sums. Defaults to `0`.
+
+    Reference:
+
+    - [Chen et al., 2010](https://arxiv.org/abs/0907.4698), the shrinkage (OAS)
+    """
+
+    def __init__(self, sketch: int = 256, seed: int = 0):
+        check_integer("sketch", sketch, at_least=1)
+        check_integer("seed", seed, at_least=0)
+        self.sketch = sketch
+        self.seed = seed
+
+    def features(self, activations):
+        """What is kept of a batch: shape `(n, features)`. Pure; may be compiled.
+
+        Args:
+            activations: Tensor of shape `(n, ..., channels)`, or a list of them, all
+                of which are read together.
+        """
+        pooled = feature.pooled(activations, _CELLS)
+        return feature.sketched(pooled, self.sketch, self.seed)
+
+    def read(
+        self, features, class_ids, num_classes: int, sample_weight=None
+    ) -> Information:
+        """The information in the features of all samples; compiled.
+
+        Args:
+            features: Tensor of shape `(n, features)`; see `features`.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`, as NumPy.
+            num_classes: K.
+            sample_weight: Optional weights of shape `(n,)`, as NumPy.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        ids, weight = feature.checked_samples(
+            features, class_ids, num_classes, sample_weight
+        )
+        state = _compiled()(features, ids, _halves(ids), weight, num_classes)
+        return Predictions(from_logits=True).finish(state)
+
+    def measure(self, activations, class_ids, num_classes: int) -> Information:
+        """Reads the activations of all samples: `features`, then `read`."""
+        features = self.features(keras.ops.convert_to_tensor(activations))
+        return self.read(features, class_ids, num_classes)
+
+    def get_config(self) -> dict:
+        return {"sketch": self.sketch, "seed": self.seed}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "LinearReadout":
+        return cls(**config)
+
+
+def _halves(class_ids) -> np.ndarray:
+    """0 or 1 for each sample, in turn within each class."""
+    order = np.argsort(class_ids, kind="stable")
+    rank = np.empty(len(order), "int64")
+    rank[order] = np.arange(len(order))
+    starts = np.searchsorted(class_ids[order], class_ids)
+    return ((rank - starts) % 2).astype("int32")
+
+
+@functools.cache
+def _compiled():
+    return backend.jit(_count_held_out)
+
+
+def _count_held_out(features, class_ids, halves, weight, num_classes):
+    """The state of a `Predictions` that has seen held-out predictions."""
+    ops = keras.ops
+    features = ops.cast(features, "float32")
+    valid = ops.all(feature.finite(features), axis=-1)
+    features = ops.where(valid[:, None], features, 0.0)
+    one_hot = ops.one_hot(class_ids, num_classes)
+    evidence, prior = 0.0, 0.0
+    for half in (0, 1):
+        fit = ops.cast((halves != half) & valid, "float32") * weight
+        scores, log_prior = _discriminant(features, one_hot, fit)
+        here = (halves == half)[:, None]
+        evidence = ops.where(here, scores, evidence)
+        prior = ops.where(here, log_prior, prior)
+
+    temperatures = ops.reshape(ops.convert_to_tensor(_TEMPERATURES), (-1, 1, 1))
+    log_p = ops.log_softmax(temperatures * evidence + prior, axis=-1)
+    counted = ops.where(valid, weight, 0.0)
+    score = ops.sum(log_p * one_hot * counted[:, None], axis=(1, 2))
+    logits = ops.take(log_p, ops.argmax(score), axis=0)
+    logits = ops.where(valid[:, None], logits, np.nan)  # Counted as no prediction.
+    readout = Predictions(from_logits=True)
+    return readout.update(readout.init(num_classes), logits, class_ids, weight)
+
+
+def _discriminant(x, one_hot, weight):
+    """Linear discriminant analysis, fitted to the rows with a weight.
+
+    Returns:
+        Log likelihood ratios of the classes for every row of `x`, shape `(n, K)`, up
+        to a constant of the row, and the logarithm of the classes' shares, `(K,)`.
+    """
+    ops = keras.ops
+    weighted = one_hot * weight[:, None]
+    counts = ops.sum(weighted, axis=0)
+    total = ops.maximum(ops.sum(counts), 1e-6)
+    mean = ops.sum(x * weight[:, None], axis=0) / total
+    x = x - mean
+    variance = ops.sum(x * x * weight[:, None], axis=0) / total
+    # A unit that never moves, but for rounding, says nothing.
+    moves = variance > 1e-10 * (mean * mean) + 1e-30
+    x = x * ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
+
+    class_means = ops.matmul(ops.transpose(weighted), x)
+    class_means = class_means / ops.maximum(counts, 1e-6)[:, None]
+    residual = (x - ops.matmul(one_hot, class_means)) * ops.sqrt(weight)[:, None]
+    covariance = ops.matmul(ops.transpose(residual), residual) / total
+    covariance = _shrunk(covariance, total)
+
+    lower = ops.linalg.cholesky(covariance)
+    half = ops.solve_triangular(lower, ops.transpose(class_means), lower=True)
+    direction = ops.solve_triangular(ops.transpose(lower), half, lower=False)
+    scores = ops.matmul(x, direction) - 0.5 * ops.sum(half * half, axis=0)
+    # A class that this half does not have counts as half a sample.
+    shares = ops.maximum(counts, 0.5) / total
+    return scores, ops.log(shares)
+
+
+def _shrunk(covariance, samples):
+    """Oracle approximating shrinkage towards the mean variance, and the ridge."""
+    ops = keras.ops
+    width = covariance.shape[-1]
+    scale = ops.trace(covariance) / width
+    square = ops.mean(covariance * covariance)
+    numerator = square + scale * scale
+    denominator = (samples + 1.0) * (square - scale * scale / width)
+    share = numerator / ops.maximum(denominator, 1e-12 * numerator + 1e-30)
+    share = ops.minimum(share, 1.0)
+    scale = ops.where(scale > 0, scale, 1.0)  # Nothing moves: any will do.
+    diagonal = (share + _RIDGE) * scale * ops.eye(width)
+    return (1.0 - share) * covariance + diagonal
