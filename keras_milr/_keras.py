@@ -19,3 +19,74 @@ def metrics(model) -> list:
         for name in ("_user_metrics", "_user_weighted_metrics"):
             found.extend(keras.tree.flatten(getattr(metric, name, None)))
     return [m for m in found if isinstance(m, keras.metrics.Metric)]
+
+
+def scale_learning_rate(optimizer, multiplier):
+    """Makes an optimizer treat each variable as it would at a rate of its own.
+
+    Public Keras has no place for a rate per variable. `update_step` is handed the rate,
+    but weight decay reads it from `_get_current_learning_rate`, once for all
+    variables, in `_apply_weight_decay`. PyTorch's fast versions update all variables at
+    one rate in `_parallel_update_step`; the `update_step` that they inherit is used
+    instead. All are replaced on the instance.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`.
+        multiplier: Function from a variable of the optimizer to a scalar tensor.
+    """
+    update_step = optimizer.update_step
+    apply_weight_decay = optimizer._apply_weight_decay
+    current_rate = optimizer._get_current_learning_rate
+    moves_at_zero = _moves_at_rate_zero(optimizer)
+    scale = None  # Of the variable that is being updated.
+
+    def scaled_rate():
+        return current_rate() if scale is None else current_rate() * scale
+
+    def scaled_step(gradient, variable, learning_rate):
+        nonlocal scale
+        scale = multiplier(variable)
+        if moves_at_zero:
+            before = keras.ops.copy(variable)
+            update_step(gradient, variable, learning_rate * scale)
+            after = keras.ops.where(scale == 0, before, variable)
+            optimizer.assign(variable, after)
+        else:
+            update_step(gradient, variable, learning_rate * scale)
+        scale = None
+
+    def scaled_weight_decay(variables):
+        nonlocal scale
+        for variable in variables:
+            scale = multiplier(variable)
+            apply_weight_decay([variable])
+        scale = None
+
+    def step_by_step(gradients, variables, learning_rate):
+        for gradient, variable in zip(gradients, variables, strict=True):
+            scaled_step(gradient, variable, learning_rate)
+
+    optimizer.update_step = scaled_step
+    optimizer._apply_weight_decay = scaled_weight_decay
+    optimizer._get_current_learning_rate = scaled_rate
+    if hasattr(optimizer, "_parallel_update_step"):
+        optimizer._parallel_update_step = step_by_step
+
+
+def _moves_at_rate_zero(optimizer):
+    """Whether the optimizer may change a variable although its rate is 0.
+
+    Velocities go on, Ftrl divides by the rate, ScheduleFreeAdamW averages, and of an
+    optimizer that is not Keras' own nothing is known. To undo that costs a copy of the
+    weights, and all of an embedding's where a step touches a few rows, so the
+    others are told apart.
+    """
+    own = type(optimizer).__module__.startswith("keras.")
+    if own and isinstance(optimizer, (keras.optimizers.SGD, keras.optimizers.RMSprop)):
+        return optimizer.momentum != 0
+    still = (
+        *("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax"),
+        *("Lamb", "Lion", "Muon", "Nadam"),
+    )
+    classes = tuple(getattr(keras.optimizers, name) for name in still)
+    return not (own and isinstance(optimizer, classes))
