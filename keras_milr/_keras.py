@@ -21,6 +21,16 @@ def metrics(model) -> list:
     return [m for m in found if isinstance(m, keras.metrics.Metric)]
 
 
+def sublayers(layer) -> list:
+    """The layers directly inside a layer; public Keras lists those of models only."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def all_layers(model) -> list:
+    """Every layer inside a model, at any depth."""
+    return model._flatten_layers(include_self=False)
+
+
 def scale_learning_rate(optimizer, multiplier):
     """Makes an optimizer treat each variable as it would at a rate of its own.
 

@@ -1,17 +1,18 @@
 """The callback that sets the learning rate from mutual information."""
 
 import math
-import numbers
 import warnings
 
 import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import policies, probe, readouts
+from keras_milr import policies, probe, rates, readouts
 from keras_milr._arguments import check_integer, check_number
+from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
 
+_LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _LARGEST = float(np.finfo("float32").max)  # of a learning rate
 
 
@@ -103,6 +104,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         policy="reference",
         probe_data=None,
         probe_size=2048,
+        layers=None,
         *,
         readout="auto",
         learning_rate=None,
@@ -148,11 +150,11 @@ class MutualInformationLR(keras.callbacks.Callback):
                 "`update_freq` must be 'epoch' with it. "
                 f"Received: update_freq={update_freq!r}, monitor={monitor!r}"
             )
-        is_auto = isinstance(readout, str) and readout == "auto"
-        if not is_auto and not isinstance(readout, readouts.Predictions):
-            raise TypeError(
-                "Argument `readout` must be 'auto' or a readouts.Predictions. "
-                f"Received: readout={readout!r}"
+        _check_readout(readout, layers)
+        if layers is not None and probe_data is None:
+            raise ValueError(
+                "Argument `layers` needs `probe_data`: a metric knows nothing of what "
+                f"layers say. Received: layers={layers!r}, probe_data=None"
             )
         if monitor is not None and probe_data is not None:
             raise ValueError(
@@ -163,6 +165,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.policy = policy
         self.probe_data = probe_data
         self.probe_size = probe_size
+        self.layers = layers
         self.readout = readout
         self.learning_rate = learning_rate
         self.min_lr = min_lr
@@ -184,25 +187,33 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.history = []
-        self._started = False
-        rate = _settable_rate(self.model)
+        self._controller = None
         if self.learning_rate is not None:
-            rate = self._set_rate(self.learning_rate)
-        self._check_bounds(rate)
+            rates.set_base(self.model, self.learning_rate)
         if self.probe_data is None:
+            self._rates = rates.NetworkRate(self.model)
             self._table = MetricTable(self.model, self.monitor)
         else:
-            self._probe = self._make_probe()
+            sample = self._draw_sample()  # Builds the model, where it is not built.
+            groups, layer_readout = (), None
+            if self.layers is None:
+                self._rates = rates.NetworkRate(self.model)
+            else:
+                self._rates = rates.LayerRates(self.model, self.layers)
+                groups, layer_readout = self._rates.groups, self._layer_readout()
+            self._probe = probe.Probe(
+                self.model, sample, self._output_readout(), groups, layer_readout
+            )
+        check_bounds(self._rates.get(), self.min_lr, self.max_lr)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._batch = 0
-        self._trained_rate = None
+        self._trained = None
         if self._table is not None:
             self._table.begin_epoch()
         # Not in `on_train_begin`: a callback after this one may restore a backup there.
-        if not self._started:
-            self._started = True
+        if self._controller is None:
             self._start(epoch)
 
     def on_train_batch_end(self, batch, logs=None):
@@ -211,10 +222,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         trained = min(batch + 1, self.params.get("steps") or math.inf)
         self._since_reading += trained - self._batch
         self._batch = trained
-        self._trained_rate = None
+        self._trained = None
         if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
             self._since_reading = 0
-            self._trained_rate = self._rate()
+            self._trained = self._rates_now()
             self._update(mid_epoch=True)
 
     def on_test_begin(self, logs=None):
@@ -225,142 +236,122 @@ class MutualInformationLR(keras.callbacks.Callback):
         logs = {} if logs is None else logs
         if self._table is not None:
             self._table.end_epoch(logs)
-        rate = self._trained_rate  # The last batch's, where its reading changed it.
-        logs["learning_rate"] = self._rate() if rate is None else rate
+        # Of the last batch, where its reading has changed them.
+        base, by_layer = self._trained or self._rates_now()
+        logs["learning_rate"] = base
         if self.update_freq == "epoch":
             self._update()
-        if self._probe is not None:
-            logs["probe_mutual_information"] = self._last.value
-            logs["probe_information"] = self._last.accessible
+        if self._probe is None:
+            return
+        output, infos = self._last
+        logs["probe_mutual_information"] = output.value
+        logs["probe_information"] = output.accessible
+        if self.layers is None:
+            return
+        for name, rate, info in zip(self._rates.names, by_layer, infos, strict=True):
+            logs[f"learning_rate/{name}"] = float(rate)
+            logs[f"probe_mutual_information/{name}"] = info.value
 
     def on_train_end(self, logs=None):
         self._probe = self._table = None  # Frees the memory on the device.
 
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
-        rate = self._rate()
-        self._check_bounds(rate)
-        self._ceiling = 10.0 * rate if self.max_lr is None else self.max_lr
-        self._start_rate = self._peak_rate = rate
-        self._step = 0
-        self._steps = self._planned_steps(epoch)
         self._since_reading = 0
-        # A metric has counted nothing yet: nothing is known, of one bit.
-        info = readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)
+        self._controller = Controller(
+            self._rates,
+            self._policy,
+            self.reference,
+            self.min_lr,
+            self.max_lr,
+            self._planned_steps(epoch),
+            self._noise,
+        )
+        if self._probe is None:
+            # A metric has counted nothing yet: nothing is known, of one bit.
+            infos = [readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)]
+        else:
+            infos = self._measure()
+            self._check_first(self._last[0])
+        reading = self._controller.read(infos)
         if self._probe is not None:
-            info = self._probe.measure()
-            self._check_first(info)
-        self._previous = self._best = info.accessible
-        reading = self._read(info)
-        if self._probe is not None:
-            self._record(reading, info)
+            self._record(reading, infos)
         # A fault of the policy shows now and not after an epoch.
-        self._next_rate(reading)
+        self._controller.decide(reading)
 
     def _update(self, mid_epoch=False):
-        """Takes a reading and sets the next rate."""
-        if self._probe is not None:
-            info = self._probe.measure()
-        else:
-            info = self._table.measure(mid_epoch)
-        if info is None:
+        """Takes a reading and sets the next rates."""
+        infos = self._measure(mid_epoch)
+        if infos is None:
             return
-        self._step += 1
-        reading = self._read(info)
-        self._record(reading, info)
-        rate = self._next_rate(reading)
-        self._previous, self._best = info.accessible, float(reading.best[0])
-        if np.float32(rate) != np.float32(reading.rate[0]):
-            self._set_rate(rate)
-            if self.verbose > 0:
-                _print(
-                    f"\nEpoch {self._epoch + 1}: MutualInformationLR setting learning "
-                    f"rate to {rate}."
-                )
+        reading = self._controller.read(infos)
+        self._record(reading, infos)
+        new = self._controller.act(reading)
+        if new is not None and self.verbose > 0:
+            names = self._rates.names
+            what = f"rate to {new[0]}"
+            if names:
+                each = zip(names, new, strict=True)
+                what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
+            _print(
+                f"\nEpoch {self._epoch + 1}: MutualInformationLR setting learning "
+                f"{what}."
+            )
 
-    def _read(self, info) -> policies.Reading:
-        self._last = info
-        rate = self._rate()
-        self._peak_rate = max(self._peak_rate, rate)
-        information = info.accessible
-        noise = info.noise
+    def _measure(self, mid_epoch=False):
+        """What was found for each rate; None where there is nothing to read yet."""
+        if self._table is not None:
+            info = self._table.measure(mid_epoch)
+            return None if info is None else [info]
+        output, by_layer = self._probe.measure()
+        infos = by_layer or [output]
+        self._last = output, infos
+        return infos
+
+    def _noise(self, info) -> float:
         if self._table is not None and self.update_freq != "epoch":
-            noise = math.sqrt(2) * info.stderr  # Each reading has other samples.
-        values = (
-            rate,
-            self._start_rate,
-            self._peak_rate,
-            information,
-            self._previous,
-            max(self._best, information),
-            self._reference_of(info),
-            noise,
-        )
-        arrays = [np.array([value], "float64") for value in values]
-        for array in arrays:
-            # A policy that computes in place would change what it is compared with.
-            array.setflags(write=False)
-        return policies.Reading(
-            *arrays,
-            step=self._step,
-            steps=self._steps,
-            rollbacks=0,
-        )
+            return math.sqrt(2) * info.stderr  # Each reading has other samples.
+        return info.noise
 
-    def _record(self, reading, info):
-        fields = {
-            name: float(value[0]) if isinstance(value, np.ndarray) else value
-            for name, value in reading._asdict().items()
-        }
+    def _rates_now(self):
+        return rates.base_rate(self.model), self._rates.get()
+
+    def _record(self, reading, infos):
+        names = self._rates.names
+
+        def by_name(values):
+            return dict(zip(names, values, strict=True)) if names else values[0]
+
         record = {"epoch": self._epoch, "batch": self._batch}
-        self.history.append(record | fields | info._asdict())
+        for name, value in reading._asdict().items():
+            array = isinstance(value, np.ndarray)
+            record[name] = by_name(value.tolist()) if array else value
+        for name in readouts.Information._fields:
+            record[name] = by_name([getattr(info, name) for info in infos])
+        if names:
+            record["output"] = self._last[0]._asdict()
+        self.history.append(record)
 
-    def _next_rate(self, reading) -> float:
-        result = self._policy(reading)
-        try:
-            rates = np.asarray(result)
-        except ValueError:  # A ragged list, say.
-            rates = np.asarray(None)
-        if rates.dtype.kind not in "iuf" or rates.shape not in ((), reading.rate.shape):
-            raise ValueError(
-                "Argument `policy` must return a rate, or an array of the shape of "
-                f"`reading.rate`, {reading.rate.shape}. Received: {result!r}"
-            )
-        rate = float(rates.reshape(-1)[0])
-        if not math.isfinite(rate) or rate < 0:
-            raise ValueError(
-                "Argument `policy` must return finite rates that are not negative. "
-                f"Received: {rate} for {reading}"
-            )
-        return min(max(rate, self.min_lr), self._ceiling)
-
-    def _reference_of(self, info) -> float:
-        if self.reference is None:
-            return info.entropy
-        if not callable(self.reference):
-            return float(self.reference)
-        reference = self.reference(info)
-        number = isinstance(reference, numbers.Real) and math.isfinite(reference)
-        if not number or reference <= 0:
-            raise ValueError(
-                "Argument `reference` must return a positive number of nats. "
-                f"Received: {reference!r}"
-            )
-        return float(reference)
-
-    def _make_probe(self):
-        model = self.model
-        units = None if self._sample is None else self._sample.num_units
-        if self._sample is None or units != probe.num_output_units(
-            model, self._sample.x
+    def _draw_sample(self):
+        """The sample, kept from one `fit` to the next."""
+        model, sample = self.model, self._sample
+        if sample is None or sample.num_units != probe.num_output_units(
+            model, sample.x
         ):
             self._sample = probe.draw_sample(
                 self.probe_data, model, self.probe_size, self.seed
             )
-        readout = self.readout
-        if readout == "auto":
-            readout = probe.output_readout(model)
-        return probe.Probe(model, self._sample, readout)
+        return self._sample
+
+    def _output_readout(self):
+        if isinstance(self.readout, readouts.Predictions):
+            return self.readout
+        return probe.output_readout(self.model)
+
+    def _layer_readout(self):
+        if isinstance(self.readout, _LAYER_READOUTS):
+            return self.readout
+        return readouts.LinearReadout(seed=self.seed)
 
     def _check_first(self, info):
         if not math.isnan(info.bound):
@@ -380,15 +371,6 @@ class MutualInformationLR(keras.callbacks.Callback):
             stacklevel=2,
         )
 
-    def _check_bounds(self, rate):
-        low, high = np.float32(self.min_lr), self.max_lr
-        if rate < low or (high is not None and rate > np.float32(high)):
-            raise ValueError(
-                "The learning rate at the start must lie between `min_lr` and "
-                f"`max_lr`. Received: learning rate {rate}, min_lr={self.min_lr}, "
-                f"max_lr={self.max_lr}"
-            )
-
     def _planned_steps(self, epoch):
         epochs, batches = self.params.get("epochs"), self.params.get("steps")
         if epochs is None or (batches is None and self.update_freq != "epoch"):
@@ -397,18 +379,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             return epochs - epoch
         return (epochs - epoch) * batches // self.update_freq
 
-    def _rate(self) -> float:
-        return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-
-    def _set_rate(self, rate) -> float:
-        self.model.optimizer.learning_rate = rate
-        return self._rate()
-
     # ------------------------------------------------------------ serialisation
 
     def get_config(self):
         """The constructor's arguments, except `probe_data`, which is no setting."""
-        names = ("probe_size", "learning_rate", "min_lr", "max_lr")
+        names = ("probe_size", "layers", "learning_rate", "min_lr", "max_lr")
         names += ("update_freq", "monitor", "seed", "verbose")
         objects = ("policy", "readout", "reference")
         serialize = keras.saving.serialize_keras_object
@@ -424,25 +399,21 @@ class MutualInformationLR(keras.callbacks.Callback):
         return cls(probe_data=probe_data, **arguments)
 
 
-def _settable_rate(model) -> float:
-    """The optimizer's learning rate; ValueError where it cannot be set."""
-    optimizer = model.optimizer
-    try:
-        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-        optimizer.learning_rate = rate
-    except TypeError as error:
+def _check_readout(readout, layers):
+    known = (readouts.Predictions, *(() if layers is None else _LAYER_READOUTS))
+    if not isinstance(readout, known) and not (
+        isinstance(readout, str) and readout == "auto"
+    ):
+        raise TypeError(
+            "Argument `readout` must be 'auto' or a readouts.Predictions, or with "
+            "`layers` a readouts.LinearReadout or readouts.UnitHistogram. "
+            f"Received: readout={readout!r}, layers={layers!r}"
+        )
+    if getattr(readout, "reduce", "mean") is None:
         raise ValueError(
-            "MutualInformationLR sets the learning rate, and cannot where the "
-            "optimizer has a LearningRateSchedule. Compile with a number instead, as "
-            "`keras.optimizers.Adam(learning_rate=1e-3)`, or leave the callback out. "
-            f"Received: {type(optimizer).__name__} with a schedule"
-        ) from error
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise ValueError(
-            "MutualInformationLR needs an optimizer with one learning rate that can be "
-            f"set. Received: {type(optimizer).__name__}"
-        ) from error
-    return rate
+            "Argument `readout` must give one number for each layer: set `reduce` to "
+            f"'mean' or 'max'. Received: readout={readout!r} with reduce=None"
+        )
 
 
 def _print(message):

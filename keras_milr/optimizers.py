@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_milr import _keras, layers
+from keras_milr import _keras, names
 from keras_milr._arguments import check_number
 
 
@@ -25,7 +25,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
     saved with the model.
 
     Layers are those that own trainable weights when the optimizer is built; frozen
-    ones are left alone. See `keras_milr.layers` for how they are named: by the
+    ones are left alone. See `keras_milr.names` for how they are named: by the
     shortest unique end of their path, a regular expression, or the name of a block.
 
     Example:
@@ -121,7 +121,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         self._check_built()
         _check_multipliers(multipliers)
         old = self.multipliers.values()
-        new = layers.resolve(multipliers, self._paths, "multipliers")
+        new = names.resolve(multipliers, self._paths, "multipliers")
         values = [o if n is None else n for o, n in zip(old, new, strict=True)]
         self._multipliers.assign(np.array(values, "float32"))
 
@@ -163,16 +163,16 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     def _start_multipliers(self, variables):
         """Layers and multipliers by the arguments: paths, owners, values."""
-        paths, owners = layers.owner_paths(variables)
+        paths, owners = names.owner_paths(variables)
         multipliers, decay, order = self._given
         values = np.ones(len(paths))
         if decay is not None:
             rungs = list(range(len(paths)))
             if order is not None:
                 by_pattern = {pattern: rung for rung, pattern in enumerate(order)}
-                rungs = layers.resolve(by_pattern, paths, "layer_order")
-                names = layers.short_names(paths)
-                missing = [n for n, r in zip(names, rungs, strict=True) if r is None]
+                rungs = names.resolve(by_pattern, paths, "layer_order")
+                shown = names.short_names(paths)
+                missing = [n for n, r in zip(shown, rungs, strict=True) if r is None]
                 if missing:
                     raise ValueError(
                         "Argument `layer_order` must name every layer with trainable "
@@ -180,7 +180,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
                     )
             values *= decay ** (max(rungs) - np.array(rungs))
         if multipliers:
-            given = layers.resolve(multipliers, paths, "multipliers")
+            given = names.resolve(multipliers, paths, "multipliers")
             values *= [1.0 if value is None else value for value in given]
         return paths, owners, values
 
@@ -205,7 +205,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             return
         start = self._restored_multipliers if self._saved else self._start_multipliers
         self._paths, self._owners, values = start(variables)
-        self._names = layers.short_names(self._paths)
+        self._names = names.short_names(self._paths)
         self._multipliers = self.add_variable(
             shape=(len(values),),
             initializer=lambda shape, dtype: keras.ops.convert_to_tensor(values, dtype),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_milr import backend, targets
+from keras_milr import backend, layers, targets
 from keras_milr.readouts import Information, Predictions
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
@@ -300,34 +300,51 @@ class Probe:
     """Measures a model on a fixed sample, in one compiled pass.
 
     The forward pass and the counting run together, batch by batch, on the device that
-    the model is on; only counts come back. The model runs in inference mode and is left
-    as it was: weights, statistics, random seeds and metrics.
+    the model is on; only counts come back. Layers are read in the same pass, which
+    keeps a few numbers of each sample for them; see `readouts.LinearReadout`. The model
+    runs in inference mode and is left as it was: weights, statistics, random seeds and
+    metrics.
 
     Args:
         model: A built, compiled `keras.Model`.
         sample: What to measure on; see `draw_sample`.
-        readout: A readout, such as `keras_milr.readouts.Predictions()`.
+        readout: A readout of the output, such as `keras_milr.readouts.Predictions()`.
+        groups: List of `layers.Group` to read too. Defaults to none.
+        layer_readout: A readout for them, such as `readouts.LinearReadout()`.
     """
 
-    def __init__(self, model, sample: Sample, readout):
+    def __init__(self, model, sample: Sample, readout, groups=(), layer_readout=None):
         self.readout = readout
+        self.layer_readout = layer_readout
         self.num_classes = targets.num_classes(sample.num_units)
+        self._sample = sample
         self._batches = _equal_batches(sample, _fixed_batch_size(model))
 
         def step(forward, state, x, class_ids, weight):
-            (outputs,) = keras.tree.flatten(forward(x))
-            return readout.update(state, outputs, class_ids, weight)
+            with layers.recorded(groups) as activations:
+                (outputs,) = keras.tree.flatten(forward(x))
+                features = [layer_readout.features(a) for a in activations()]
+            return readout.update(state, outputs, class_ids, weight), features
 
         self._step = backend.compile_step(model, step)
 
-    def measure(self) -> Information:
-        """One reading of the model as it is now."""
+    def measure(self) -> tuple[Information, list[Information]]:
+        """One reading of the model as it is now: of the output, and of each group."""
         state = keras.tree.map_structure(
             keras.ops.convert_to_tensor, self.readout.init(self.num_classes)
         )
+        parts = []
         for batch in self._batches:
-            state = self._step(state, *batch)
-        return self.readout.finish(state)
+            state, features = self._step(state, *batch)
+            parts.append(features)
+        return self.readout.finish(state), [
+            self._read(list(features)) for features in zip(*parts, strict=True)
+        ]
+
+    def _read(self, features) -> Information:
+        ids, weight = self._sample.class_ids, self._sample.sample_weight
+        features = keras.ops.concatenate(features, axis=0)[: len(ids)]
+        return self.layer_readout.read(features, ids, self.num_classes, weight)
 
 
 def _fixed_batch_size(model) -> int | None:

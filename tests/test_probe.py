@@ -203,7 +203,7 @@ class TestProbe:
         model = make_model()
         model.fit(*digits, epochs=2, verbose=0)
         sample = probe.draw_sample(digits, model, 10_000)
-        info = probe.Probe(model, sample, Predictions()).measure()
+        info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(digits[0], verbose=0)
         assert info.raw == pytest.approx(
             mutual_info_score(digits[1], predicted.argmax(axis=1)), abs=1e-5
@@ -237,7 +237,7 @@ class TestProbe:
         model.fit(*digits, epochs=1, verbose=0)
         before = state_of(model)
         sample = probe.draw_sample(digits, model, 500)
-        probe.Probe(model, sample, Predictions()).measure()
+        probe.Probe(model, sample, Predictions()).measure()[0]
         for old, new in zip(before, state_of(model), strict=True):
             np.testing.assert_array_equal(old, new)
 
@@ -253,12 +253,12 @@ class TestProbe:
         model.compile("adam", "sparse_categorical_crossentropy")
         sample = probe.draw_sample(digits, model, 700)  # no multiple of a batch
         measuring = probe.Probe(model, sample, Predictions())
-        first = measuring.measure()
+        first = measuring.measure()[0]
         traces.clear()
         for _ in range(5):
             model.fit(*digits, epochs=1, verbose=0)
             traces.clear()
-            info = measuring.measure()
+            info = measuring.measure()[0]
             assert not traces
         assert info.raw > first.raw  # The later weights were measured.
 
@@ -269,7 +269,7 @@ class TestProbe:
         finally:
             keras.config.set_dtype_policy("float32")
         sample = probe.draw_sample(digits, model, 10_000)
-        info = probe.Probe(model, sample, Predictions()).measure()
+        info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(digits[0], verbose=0).astype("float32")
         # 1,797 samples: bfloat16 could not count beyond 256.
         assert info.entropy == pytest.approx(np.log(10), abs=1e-3)
@@ -286,7 +286,7 @@ class TestProbe:
         scaled = probe.draw_sample((x, y, 1e-4 * weight), model, 301)
         repeated = probe.draw_sample((x[rows], y[rows]), model, 10_000)
         first, second, third = (
-            probe.Probe(model, sample, Predictions()).measure()
+            probe.Probe(model, sample, Predictions()).measure()[0]
             for sample in (weighted, scaled, repeated)
         )
         # Weights say how much a sample matters, not how many there were.
@@ -306,7 +306,7 @@ class TestProbe:
         model = keras.Model(inputs, outputs)
         model.compile("adam", "sparse_categorical_crossentropy")
         sample = probe.draw_sample(digits, model, 500)
-        assert probe.Probe(model, sample, Predictions()).measure().value > 0
+        assert probe.Probe(model, sample, Predictions()).measure()[0].value > 0
 
     def test_several_inputs(self, digits):
         x, y = digits
@@ -317,7 +317,7 @@ class TestProbe:
         model.compile("adam", "sparse_categorical_crossentropy")
         inputs = {"left": x[:, :32], "right": x[:, 32:]}
         sample = probe.draw_sample((inputs, y), model, 10_000)
-        info = probe.Probe(model, sample, Predictions()).measure()
+        info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(inputs, verbose=0).argmax(axis=1)
         assert info.raw == pytest.approx(mutual_info_score(y, predicted), abs=1e-5)
 

@@ -9,6 +9,10 @@ def is_symbolic(x):
     return not tf.executing_eagerly() or tf.is_symbolic_tensor(x)
 
 
+def is_in_reach(x):
+    return tf.executing_eagerly() or x.graph is tf.compat.v1.get_default_graph()
+
+
 def jit(function):
     return tf.function(function)
 

@@ -1,7 +1,7 @@
 import keras
 import pytest
 
-from keras_milr import layers
+from keras_milr import names
 
 PATHS = ["m/enc/dense", "m/enc/dense_1", "m/dec/dense", "m/head"]
 
@@ -21,14 +21,14 @@ def test_owners_in_the_order_of_their_variables():
         ],
         name="m",
     )
-    paths, owners = layers.owner_paths(model.trainable_variables)
-    assert layers.short_names(paths) == ["a", "b", "c"]
+    paths, owners = names.owner_paths(model.trainable_variables)
+    assert names.short_names(paths) == ["a", "b", "c"]
     assert owners == [0, 0, 1, 1, 2]
 
 
 def test_layers_of_one_path_are_told_apart():
     variables = [Owned(p) for p in ("d/kernel", "d/bias", "d/kernel", "d/bias", "w")]
-    paths, owners = layers.owner_paths(variables)
+    paths, owners = names.owner_paths(variables)
     assert paths == ["d", "d#2", "w"]
     assert owners == [0, 0, 1, 1, 2]
 
@@ -44,7 +44,7 @@ def test_layers_of_one_path_are_told_apart():
     ],
 )
 def test_short_names(paths, names):
-    assert layers.short_names(paths) == names
+    assert names.short_names(paths) == names
 
 
 @pytest.mark.parametrize(
@@ -63,26 +63,26 @@ def test_short_names(paths, names):
     ],
 )
 def test_what_a_pattern_means(pattern, found):
-    values = layers.resolve({pattern: 7}, PATHS, "multipliers")
+    values = names.resolve({pattern: 7}, PATHS, "multipliers")
     assert [i for i, value in enumerate(values) if value == 7] == found
     assert values.count(None) == len(PATHS) - len(found)
 
 
 def test_names_with_special_characters():
-    assert layers.resolve({"conv+relu": 1}, ["m/conv+relu", "m/x"], "a") == [1, None]
+    assert names.resolve({"conv+relu": 1}, ["m/conv+relu", "m/x"], "a") == [1, None]
 
 
 def test_the_shown_name_of_a_layer_goes_before_patterns():
     """So that what is shown can be handed back, for all layers at once."""
     paths = ["m/block", "m/block/dense", "m/head"]
-    shown = dict(zip(layers.short_names(paths), (1, 2, 3), strict=True))
-    assert layers.resolve(shown, paths, "multipliers") == [1, 2, 3]
-    assert layers.resolve({"block": 5}, paths, "multipliers") == [5, 5, None]
-    assert layers.resolve({".*": 0, "head": 1}, paths, "multipliers") == [0, 0, 1]
+    shown = dict(zip(names.short_names(paths), (1, 2, 3), strict=True))
+    assert names.resolve(shown, paths, "multipliers") == [1, 2, 3]
+    assert names.resolve({"block": 5}, paths, "multipliers") == [5, 5, None]
+    assert names.resolve({".*": 0, "head": 1}, paths, "multipliers") == [0, 0, 1]
 
 
 def test_patterns_that_agree():
-    assert layers.resolve({"enc": 2, ".*_1": 2}, PATHS, "a") == [2, 2, None, None]
+    assert names.resolve({"enc": 2, ".*_1": 2}, PATHS, "a") == [2, 2, None, None]
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_patterns_that_agree():
 )
 def test_bad_patterns(values, error, message):
     with pytest.raises(error, match=message):
-        layers.resolve(values, PATHS, "multipliers")
+        names.resolve(values, PATHS, "multipliers")

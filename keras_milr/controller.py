@@ -1,0 +1,125 @@
+"""The loop of one training: a reading goes to the policy, its rates are set."""
+
+import math
+import numbers
+
+import numpy as np
+
+from keras_milr.policies import Reading
+
+
+class Controller:
+    """Keeps what a policy must be told, and sets what it answers within bounds.
+
+    Args:
+        rates: A `rates.NetworkRate` or `rates.LayerRates`.
+        policy: A policy.
+        reference: None for H(Y), nats, or a callable from `Information` to nats.
+        min_lr: Lower bound of every rate.
+        max_lr: Upper bound of every rate, or None for ten times the highest at the
+            start.
+        steps: Number of readings planned, or None.
+        noise: Function from an `Information` to the noise of its changes.
+
+    Raises:
+        ValueError: for a rate out of bounds at the start.
+    """
+
+    def __init__(self, rates, policy, reference, min_lr, max_lr, steps, noise):
+        start = rates.get()
+        check_bounds(start, min_lr, max_lr)
+        self.rates = rates
+        self._policy = policy
+        self._reference = reference
+        self._bounds = min_lr, 10.0 * start.max() if max_lr is None else max_lr
+        self._steps = steps
+        self._noise = noise
+        self._start = self._peak = start
+        self._step = -1
+        self._previous = self._best = None
+
+    def read(self, infos) -> Reading:
+        """The reading that a policy is handed; `infos` has an entry for each rate.
+
+        The first call is from before the training.
+        """
+        self._step += 1
+        rate = self.rates.get()
+        information = np.array([info.accessible for info in infos])
+        if self._step == 0:
+            self._previous = self._best = information
+        self._peak = np.maximum(self._peak, rate)
+        self._best = np.maximum(self._best, information)
+        reading = Reading(
+            rate=rate,
+            start_rate=self._start,
+            peak_rate=self._peak,
+            information=information,
+            previous=self._previous,
+            best=self._best,
+            reference=np.array([self._reference_of(info) for info in infos]),
+            noise=np.array([self._noise(info) for info in infos]),
+            step=self._step,
+            steps=self._steps,
+            rollbacks=0,
+        )
+        for value in reading:
+            if isinstance(value, np.ndarray):
+                # A policy that computes in place would change what it is compared with.
+                value.setflags(write=False)
+        self._previous = information
+        return reading
+
+    def decide(self, reading) -> np.ndarray:
+        """The policy's rates, within the bounds; ValueError for a bad answer."""
+        result = self._policy(reading)
+        try:
+            rates = np.asarray(result)
+        except ValueError:  # A ragged list, say.
+            rates = np.asarray(None)
+        if rates.dtype.kind not in "iuf" or rates.shape not in ((), reading.rate.shape):
+            raise ValueError(
+                "Argument `policy` must return a rate, or an array of the shape of "
+                f"`reading.rate`, {reading.rate.shape}. Received: {result!r}"
+            )
+        rates = np.broadcast_to(rates, reading.rate.shape).astype("float64")
+        if not np.all(np.isfinite(rates) & (rates >= 0)):
+            raise ValueError(
+                "Argument `policy` must return finite rates that are not negative. "
+                f"Received: {rates if len(rates) > 1 else rates[0]} for {reading}"
+            )
+        return np.clip(rates, *self._bounds)
+
+    def act(self, reading) -> np.ndarray | None:
+        """Sets the rates that the policy decides on; None where nothing changes."""
+        rates = self.decide(reading)
+        if np.array_equal(rates.astype("float32"), reading.rate.astype("float32")):
+            return None
+        self.rates.set(rates)
+        return rates
+
+    def _reference_of(self, info) -> float:
+        if self._reference is None:
+            return info.entropy
+        if not callable(self._reference):
+            return float(self._reference)
+        reference = self._reference(info)
+        number = isinstance(reference, numbers.Real) and math.isfinite(reference)
+        if not number or reference <= 0:
+            raise ValueError(
+                "Argument `reference` must return a positive number of nats. "
+                f"Received: {reference!r}"
+            )
+        return float(reference)
+
+
+def check_bounds(rates, min_lr, max_lr):
+    """Refuses rates outside of the bounds, with a ValueError."""
+    low, high = np.float32(min_lr), np.float32(np.inf if max_lr is None else max_lr)
+    outside = (rates < low) | (rates > high)
+    if np.any(outside):
+        raise ValueError(
+            "The learning rate at the start must lie between `min_lr` and `max_lr`. "
+            f"Received: learning rate {rates[np.argmax(outside)]}, min_lr={min_lr}, "
+            f"max_lr={max_lr}"
+        )

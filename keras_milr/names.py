@@ -1,0 +1,117 @@
+"""Names of layers, and which layers a pattern means.
+
+A layer is known by the path of its variables less their own names, such as
+`"model/encoder/dense"`. It is shown by the shortest end of that path that no other
+layer has, such as `"dense"`.
+
+A pattern, a name or a regular expression, means a layer when it matches, as a whole,
+any run of segments of the layer's path: `"dense"`, `"encoder"`, `"model/encoder"` and
+`"enc.*"` all mean the one above. So the name of a block means all layers in it. Where a
+pattern is just the shown name of a layer, then for that layer it goes before others.
+"""
+
+import re
+
+
+def owner_paths(variables) -> tuple[list[str], list[int]]:
+    """The layers that own variables, by path, in the order of their first variable.
+
+    Args:
+        variables: List of `keras.Variable`.
+
+    Returns:
+        The layers' paths, and for each variable the index of its layer. A variable
+        whose path occurred before belongs to another layer of the same name, whose path
+        gets a number: `"dense"`, `"dense#2"`.
+    """
+    paths, owners, seen = {}, [], {}
+    for variable in variables:
+        path, _, name = variable.path.rpartition("/")
+        seen[variable.path] = number = seen.get(variable.path, 0) + 1
+        path = path or name  # A weight of the model itself.
+        if number > 1:
+            path = f"{path}#{number}"
+        owners.append(paths.setdefault(path, len(paths)))
+    return list(paths), owners
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """For each path its shortest end, cut at a `/`, that no other path has."""
+    ends = [_ends(path) for path in paths]
+    count = {}
+    for end in (end for ends_of_one in ends for end in ends_of_one):
+        count[end] = count.get(end, 0) + 1
+    return [
+        next((end for end in ends_of_one if count[end] == 1), ends_of_one[-1])
+        for ends_of_one in ends
+    ]
+
+
+def resolve(values: dict, paths: list[str], argument: str) -> list:
+    """The value that the patterns give to each layer.
+
+    Args:
+        values: Dict from pattern to value.
+        paths: The layers.
+        argument: Name of the argument that `values` came from, for errors.
+
+    Returns:
+        A list with the value of each layer, None where no pattern means it.
+
+    Raises:
+        TypeError: for a pattern that is no string.
+        ValueError: for a pattern that is no regular expression or means no layer, and
+            for patterns that give different values to the same layer.
+    """
+    names = short_names(paths)
+    given = [{} for _ in paths]
+    for pattern, value in values.items():
+        found = [i for i in range(len(paths)) if _means(pattern, paths[i], argument)]
+        if not found:
+            raise ValueError(
+                f"Argument `{argument}` names no layer with {pattern!r}. Use a name "
+                "or a regular expression that matches as a whole. The layers with "
+                f"trainable weights are: {', '.join(names)}"
+            )
+        for i in found:
+            given[i][pattern] = value
+    result = []
+    for name, candidates in zip(names, given, strict=True):
+        if name in candidates:
+            candidates = {name: candidates[name]}
+        different = list(candidates.values())
+        if any(value != different[0] for value in different):
+            raise ValueError(
+                f"Argument `{argument}` gives different values to the layer {name!r}. "
+                f"Received: {candidates}. The layers with trainable weights are: "
+                f"{', '.join(names)}"
+            )
+        result.append(different[0] if different else None)
+    return result
+
+
+def _ends(path):
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _means(pattern, path, argument):
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"Argument `{argument}` must name layers with strings. "
+            f"Received: {pattern!r} of type {type(pattern).__name__}"
+        )
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"Argument `{argument}` must name layers with names or regular "
+            f"expressions. Received: {pattern!r}, which is none: {error}"
+        ) from error
+    parts = path.split("/")
+    runs = (
+        "/".join(parts[i:j])
+        for i in range(len(parts))
+        for j in range(i + 1, len(parts) + 1)
+    )
+    return any(run == pattern or expression.fullmatch(run) for run in runs)

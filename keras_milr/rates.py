@@ -1,0 +1,136 @@
+"""What a policy's rates are set to: one learning rate, or one for each group of layers.
+
+Both kinds go through `model.optimizer` every time: on JAX a rate that is set on an
+optimizer kept aside is lost.
+"""
+
+import keras
+import numpy as np
+
+from keras_milr.layers import choose
+from keras_milr.optimizers import LayerwiseOptimizer
+
+
+class NetworkRate:
+    """The learning rate of a model's optimizer, as an array of one.
+
+    Args:
+        model: A compiled `keras.Model`.
+
+    Raises:
+        ValueError: for an optimizer whose rate cannot be set.
+    """
+
+    names = None
+
+    def __init__(self, model):
+        self._model = model
+        set_base(model, base_rate(model))
+
+    def get(self) -> np.ndarray:
+        return np.array([base_rate(self._model)])
+
+    def set(self, rates: np.ndarray):
+        self._model.optimizer.learning_rate = float(rates[0])
+
+
+class LayerRates:
+    """The learning rates of groups of layers: base × multiplier.
+
+    The base stays what it is, for others to set. Layers of a group keep the ratios of
+    their multipliers; the rate of the group is the highest of theirs.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        layers: See `keras_milr.layers.choose`.
+
+    Raises:
+        ValueError: for an optimizer that is not layer-wise, for what `choose` refuses,
+            and for a group that a multiplier of 0 has frozen, unless `layers` is
+            `"all"`, which leaves it out.
+    """
+
+    def __init__(self, model, layers):
+        self._model = model
+        optimizer = self._optimizer()
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        self.groups, self._shares = [], []
+        for group in choose(model, layers):
+            members = {optimizer.layer_of(variable) for variable in group.variables}
+            start = {name: optimizer.multipliers[name] for name in members}
+            highest = max(start.values())
+            if highest > 0:
+                self.groups.append(group)
+                self._shares.append({k: v / highest for k, v in start.items()})
+            elif layers != "all":
+                raise ValueError(
+                    "Argument `layers` must name layers that train. Received: "
+                    f"{group.name!r}, which has a multiplier of 0"
+                )
+        if not self.groups:
+            raise ValueError(
+                "Argument `layers` found nothing to train. "
+                f"Received: layers={layers!r} for model {model.name!r}"
+            )
+        self.names = [group.name for group in self.groups]
+
+    def get(self) -> np.ndarray:
+        multipliers = self._optimizer().multipliers
+        highest = [max(multipliers[k] for k in shares) for shares in self._shares]
+        return base_rate(self._model) * np.array(highest)
+
+    def set(self, rates: np.ndarray):
+        base = base_rate(self._model)
+        if base == 0:  # A warm-up that begins there: any multiplier will do.
+            return
+        self._optimizer().set_multipliers(
+            {
+                name: float(rate / base * share)
+                for rate, shares in zip(rates, self._shares, strict=True)
+                for name, share in shares.items()
+            }
+        )
+
+    def _optimizer(self):
+        optimizer = self._model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        if not isinstance(optimizer, LayerwiseOptimizer):
+            raise ValueError(
+                "Argument `layers` needs an optimizer with a rate for each layer. "
+                "Compile with it as `model.compile(keras_milr.LayerwiseOptimizer("
+                f"keras.optimizers.{type(optimizer).__name__}(...)), ...)`. "
+                f"Received: {type(optimizer).__name__}"
+            )
+        return optimizer
+
+
+def base_rate(model) -> float:
+    """The learning rate of the model's optimizer; of a schedule, the present one."""
+    try:
+        return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(_no_rate(model)) from error
+
+
+def set_base(model, rate: float):
+    """Sets the learning rate of the model's optimizer; ValueError where it cannot."""
+    try:
+        model.optimizer.learning_rate = rate
+    except TypeError as error:
+        raise ValueError(
+            "MutualInformationLR sets the learning rate, and cannot where the "
+            "optimizer has a LearningRateSchedule. Compile with a number instead, as "
+            "`keras.optimizers.Adam(learning_rate=1e-3)`, or leave the callback out. "
+            f"Received: {type(model.optimizer).__name__} with a schedule"
+        ) from error
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise ValueError(_no_rate(model)) from error
+
+
+def _no_rate(model):
+    return (
+        "MutualInformationLR needs an optimizer with one learning rate that can be "
+        f"set. Received: {type(model.optimizer).__name__}"
+    )
