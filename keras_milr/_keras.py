@@ -37,8 +37,8 @@ def scale_learning_rate(optimizer, multiplier):
     Public Keras has no place for a rate per variable. `update_step` is handed the rate,
     but weight decay reads it from `_get_current_learning_rate`, once for all
     variables, in `_apply_weight_decay`. PyTorch's fast versions update all variables at
-    one rate in `_parallel_update_step`; the `update_step` that they inherit is used
-    instead. All are replaced on the instance.
+    one rate in `_backend_update_step`; the one that they override is used instead.
+    All are replaced on the instance.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`.
@@ -59,8 +59,8 @@ def scale_learning_rate(optimizer, multiplier):
         if moves_at_zero:
             before = keras.ops.copy(variable)
             update_step(gradient, variable, learning_rate * scale)
-            after = keras.ops.where(scale == 0, before, variable)
-            optimizer.assign(variable, after)
+            after = keras.ops.convert_to_tensor(variable)
+            optimizer.assign(variable, keras.ops.where(scale == 0, before, after))
         else:
             update_step(gradient, variable, learning_rate * scale)
         scale = None
@@ -72,15 +72,12 @@ def scale_learning_rate(optimizer, multiplier):
             apply_weight_decay([variable])
         scale = None
 
-    def step_by_step(gradients, variables, learning_rate):
-        for gradient, variable in zip(gradients, variables, strict=True):
-            scaled_step(gradient, variable, learning_rate)
-
     optimizer.update_step = scaled_step
     optimizer._apply_weight_decay = scaled_weight_decay
     optimizer._get_current_learning_rate = scaled_rate
-    if hasattr(optimizer, "_parallel_update_step"):
-        optimizer._parallel_update_step = step_by_step
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ == "TorchParallelOptimizer":
+            optimizer._backend_update_step = super(cls, optimizer)._backend_update_step
 
 
 def _moves_at_rate_zero(optimizer):
