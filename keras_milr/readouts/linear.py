@@ -1,6 +1,7 @@
 """A linear readout of a layer, on samples that it was not fitted to."""
 
 import functools
+import math
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from keras_milr.readouts.result import Information
 
 _CELLS = 4  # to which each axis of space or time is averaged
 _RIDGE = 0.01  # as a share of the mean variance
+_FARTHEST = 1e6  # standard deviations from the mean; farther might overflow
 # How far the readout's confidence may be lowered; at 0 it knows the classes' shares.
 _TEMPERATURES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.0], "float32")
 
@@ -143,6 +145,9 @@ def _count_held_out(features, class_ids, halves, weight, num_classes):
 
     temperatures = ops.reshape(ops.convert_to_tensor(_TEMPERATURES), (-1, 1, 1))
     log_p = ops.log_softmax(temperatures * evidence + prior, axis=-1)
+    # As probabilities are clipped in `Predictions`: a single sample far out, on the
+    # wrong side, must not cost more than all the others are worth.
+    log_p = ops.maximum(log_p, math.log(keras.config.epsilon()))
     counted = ops.where(valid, weight, 0.0)
     score = ops.sum(log_p * one_hot * counted[:, None], axis=(1, 2))
     logits = ops.take(log_p, ops.argmax(score), axis=0)
@@ -168,6 +173,7 @@ def _discriminant(x, one_hot, weight):
     # A unit that never moves, but for rounding, says nothing.
     moves = variance > 1e-10 * (mean * mean) + 1e-30
     x = x * ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
+    x = ops.clip(x, -_FARTHEST, _FARTHEST)
 
     class_means = ops.matmul(ops.transpose(weighted), x)
     class_means = class_means / ops.maximum(counts, 1e-6)[:, None]
