@@ -98,7 +98,7 @@ class LinearReadout:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        state = _compiled()(features, ids, _halves(ids), weight, num_classes)
+        state = _compiled()(features, ids, _halves(ids, weight), weight, num_classes)
         return Predictions(from_logits=True).finish(state)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
@@ -114,13 +114,13 @@ class LinearReadout:
         return cls(**config)
 
 
-def _halves(class_ids) -> np.ndarray:
-    """0 or 1 for each sample, in turn within each class."""
-    order = np.argsort(class_ids, kind="stable")
-    rank = np.empty(len(order), "int64")
-    rank[order] = np.arange(len(order))
-    starts = np.searchsorted(class_ids[order], class_ids)
-    return ((rank - starts) % 2).astype("int32")
+def _halves(class_ids, weight) -> np.ndarray:
+    """0 or 1 for each sample, in turn within each class; no weight, no turn."""
+    halves = np.zeros(len(class_ids), "int32")
+    for class_id in np.unique(class_ids):
+        (members,) = np.nonzero((class_ids == class_id) & (weight > 0))
+        halves[members[1::2]] = 1
+    return halves
 
 
 @functools.cache
