@@ -105,8 +105,7 @@ class UnitHistogram:
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
         """Reads the activations of all samples: `features`, then `read`."""
-        features = self.features(keras.ops.convert_to_tensor(activations))
-        return self.read(features, class_ids, num_classes)
+        return self.read(self.features(activations), class_ids, num_classes)
 
     def get_config(self) -> dict:
         return {"bins": self.bins, "reduce": self.reduce}
