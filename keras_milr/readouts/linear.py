@@ -167,6 +167,8 @@ def _discriminant(x, one_hot, weight):
     counts = ops.sum(weighted, axis=0)
     total = ops.maximum(ops.sum(counts), 1e-6)
     mean = ops.sum(x * weight[:, None], axis=0) / total
+    # Once more: a long sum is rounded, and a constant would seem to move.
+    mean = mean + ops.sum((x - mean) * weight[:, None], axis=0) / total
     x = x - mean
     variance = ops.sum(x * x * weight[:, None], axis=0) / total
     # A unit that never moves, but for rounding, says nothing.
@@ -178,7 +180,7 @@ def _discriminant(x, one_hot, weight):
     class_means = class_means / ops.maximum(counts, 1e-6)[:, None]
     residual = (x - ops.matmul(one_hot, class_means)) * ops.sqrt(weight)[:, None]
     covariance = ops.matmul(ops.transpose(residual), residual) / total
-    covariance = _shrunk(covariance, total)
+    covariance = _shrunk(covariance, total, ops.sum(ops.cast(moves, "float32")))
 
     lower = ops.linalg.cholesky(covariance)
     half = ops.solve_triangular(lower, ops.transpose(class_means), lower=True)
@@ -189,16 +191,20 @@ def _discriminant(x, one_hot, weight):
     return scores, ops.log(shares)
 
 
-def _shrunk(covariance, samples):
-    """Oracle approximating shrinkage towards the mean variance, and the ridge."""
+def _shrunk(covariance, samples, width):
+    """Oracle approximating shrinkage towards the mean variance, and the ridge.
+
+    `width` is the number of units that move: the others, whose rows and columns are 0,
+    must not lower the mean variance.
+    """
     ops = keras.ops
-    width = covariance.shape[-1]
+    width = ops.maximum(width, 1.0)
     scale = ops.trace(covariance) / width
-    square = ops.mean(covariance * covariance)
+    square = ops.sum(covariance * covariance) / (width * width)
     numerator = square + scale * scale
     denominator = (samples + 1.0) * (square - scale * scale / width)
     share = numerator / ops.maximum(denominator, 1e-12 * numerator + 1e-30)
     share = ops.minimum(share, 1.0)
     scale = ops.where(scale > 0, scale, 1.0)  # Nothing moves: any will do.
-    diagonal = (share + _RIDGE) * scale * ops.eye(width)
+    diagonal = (share + _RIDGE) * scale * ops.eye(covariance.shape[-1])
     return (1.0 - share) * covariance + diagonal
