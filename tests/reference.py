@@ -112,6 +112,7 @@ def linear_readout(x, labels, classes):
         log_p = discriminant(x.astype("float64"), labels, classes, fit)
         evidence[~fit] = log_p[~fit]
         prior[~fit] = np.log(counts / fit.sum())
+    prior[:, np.bincount(labels, minlength=classes) == 0] = -np.inf
     best = None
     for temperature in (1, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0):
         log_p = temperature * evidence + prior

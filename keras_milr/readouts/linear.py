@@ -142,12 +142,14 @@ def _count_held_out(features, class_ids, halves, weight, num_classes):
         evidence = ops.where(here, scores, evidence)
         prior = ops.where(here, log_prior, prior)
 
+    counted = ops.where(valid, weight, 0.0)
+    exists = ops.sum(one_hot * counted[:, None], axis=0) > 0
+    prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
     temperatures = ops.reshape(ops.convert_to_tensor(_TEMPERATURES), (-1, 1, 1))
     log_p = ops.log_softmax(temperatures * evidence + prior, axis=-1)
     # As probabilities are clipped in `Predictions`: a single sample far out, on the
     # wrong side, must not cost more than all the others are worth.
     log_p = ops.maximum(log_p, math.log(keras.config.epsilon()))
-    counted = ops.where(valid, weight, 0.0)
     score = ops.sum(log_p * one_hot * counted[:, None], axis=(1, 2))
     logits = ops.take(log_p, ops.argmax(score), axis=0)
     logits = ops.where(valid[:, None], logits, np.nan)  # Counted as no prediction.
