@@ -14,7 +14,6 @@ from keras_milr.readouts.result import Information
 
 _CELLS = 4  # to which each axis of space or time is averaged
 _RIDGE = 0.01  # as a share of the mean variance
-_FARTHEST = 1e6  # standard deviations from the mean; farther might overflow
 # How far the readout's confidence may be lowered; at 0 it knows the classes' shares.
 _TEMPERATURES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.0], "float32")
 
@@ -37,7 +36,11 @@ class LinearReadout:
     much as OAS finds right for their number, plus 1 percent. The confidence of both
     predictions together is lowered by one factor of eight, the one that suits the
     labels best: with few samples, discriminant analysis is too sure of itself, and
-    H(Y) − CE would hide what is known.
+    H(Y) − CE would hide what is known. Chance alone reads up to .02 nats with 200
+    samples and .1 with 20.
+
+    A sample that has a feature which is not finite, or 1e15 and more, counts as no
+    prediction. One that is merely far out spoils the fit of its half.
 
     It reads what a *new* readout could get out of the layer, so it does not see that
     the layers above no longer fit: a shift of the activations that spoils the network
@@ -102,7 +105,19 @@ class LinearReadout:
         return Predictions(from_logits=True).finish(state)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`."""
+        """Reads the activations of all samples: `features`, then `read`.
+
+        Args:
+            activations: Array of shape `(n, ..., channels)`, or a list of them.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
+            num_classes: K.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
         return self.read(self.features(activations), class_ids, num_classes)
 
     def get_config(self) -> dict:
@@ -176,7 +191,6 @@ def _discriminant(x, one_hot, weight):
     # A unit that never moves, but for rounding, says nothing.
     moves = variance > 1e-10 * (mean * mean) + 1e-30
     x = x * ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
-    x = ops.clip(x, -_FARTHEST, _FARTHEST)
 
     class_means = ops.matmul(ops.transpose(weighted), x)
     class_means = class_means / ops.maximum(counts, 1e-6)[:, None]

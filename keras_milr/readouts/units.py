@@ -105,7 +105,19 @@ class UnitHistogram:
         return Information(value=value, entropy=entropy, **units)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`."""
+        """Reads the activations of all samples: `features`, then `read`.
+
+        Args:
+            activations: Array of shape `(n, ..., channels)`, or a list of them.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
+            num_classes: K.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
         return self.read(self.features(activations), class_ids, num_classes)
 
     def get_config(self) -> dict:

@@ -273,9 +273,8 @@ def extremes():
     yield "four samples", x[:4], np.array([0, 1, 0, 1]), 2, None
     yield "one sample per class", x[:100], np.arange(100), 100, None
     yield "one feature", x[:, :1], labels, 4, None
-    jump = np.zeros((400, 8))
-    jump[::2] = np.eye(8)[labels[::2]] * 1e14
-    jump += 1e-12 * x
+    scale = np.where(reference.halves(labels) == 0, 1e-13, 1e14)
+    jump = scale[:, None] * np.random.default_rng(0).normal(size=(4, 8))[labels]
     yield "almost still in one half", jump, labels, 4, None
 
 
@@ -298,10 +297,11 @@ def test_scale_of_the_layer_does_not_matter(scale):
     assert_close(measure(scale * x, labels, 10), measure(x, labels, 10), 1e-4)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-def test_dead_units_do_not_matter(value):
+@pytest.mark.parametrize(("value", "digit"), [(0.0, 0), (0.1, 0), (1e4, 0), (3, 1e-7)])
+def test_dead_units_do_not_matter(value, digit):
     x, labels = layer(n=5000)  # enough for the mean of a constant to be rounded
-    still = np.concatenate([x, np.full((5000, 100), value)], axis=1)
+    still = value * (1 + digit * np.random.default_rng(0).integers(-1, 2, (5000, 100)))
+    still = np.concatenate([x, still], axis=1)
     assert_close(measure(still, labels, 10), measure(x, labels, 10), 1e-4)
 
 
@@ -312,6 +312,16 @@ def test_one_sample_far_out_costs_little():
     info = measure(x, labels, 2)
     assert info.value > 0.9 * expected.value
     assert info.bound > 0.9 * expected.bound
+
+
+def test_one_sample_out_of_the_range_of_float32_costs_little():
+    # 1e27 standard deviations, between classes that have no variance within.
+    labels = np.arange(1000) % 8
+    x = 1e-13 * np.random.default_rng(0).normal(size=(8, 8))[labels]
+    x[17, 0] = 1e14
+    info = measure(x, labels, 8)
+    assert info.value > 0.9 * np.log(8)
+    assert info.bound > 0.9 * np.log(8)
 
 
 class TestWeights:

@@ -174,7 +174,9 @@ def test_order_and_scale_do_not_matter():
 def test_names_of_the_classes_do_not_matter():
     x, labels = layer()
     expected = UnitHistogram(reduce=None).measure(x, labels, 5)
-    renamed = UnitHistogram(reduce=None).measure(x, np.array([6, 0, 2, 5, 1])[labels], 7)
+    renamed = UnitHistogram(reduce=None).measure(
+        x, np.array([6, 0, 2, 5, 1])[labels], 7
+    )
     np.testing.assert_allclose(renamed.value, expected.value, atol=1e-9)
 
 
