@@ -1,12 +1,13 @@
-"""The information mathematics and the controllers, in plain Python and NumPy.
+"""Information, readouts and controllers, in plain Python and NumPy.
 
-Written for reading, one table or one rate at a time; the package must equal it.
+Written for reading, one table, unit or rate at a time; the package must equal it.
 """
 
 import math
 
 import numpy as np
-from scipy.special import digamma
+from scipy.special import digamma, logsumexp
+from sklearn.covariance import oas
 
 
 def contingency(a, b, num_a, num_b, sample_weight=None):
@@ -61,6 +62,75 @@ def h_minus_ce(probabilities, labels):
     prior = (np.bincount(labels) / len(labels))[labels]
     nats = np.log(np.clip(p, 1e-7, 1 - 1e-7)) - np.log(prior)
     return max(nats.mean(), 0.0), nats.std() / math.sqrt(len(labels))
+
+
+def averaged(x, axis, cells):
+    """An axis in cells of equal size: each pixel is cut in `cells`, then shared out."""
+    pieces = np.moveaxis(np.repeat(x, cells, axis), axis, -1)
+    means = pieces.reshape(*pieces.shape[:-1], cells, x.shape[axis]).mean(axis=-1)
+    return np.moveaxis(means, -1, axis)
+
+
+def halves(labels):
+    """The first, third, ... sample of each class in one half, the others in another."""
+    seen, half = {}, []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        half.append((seen[label] - 1) % 2)
+    return np.array(half)
+
+
+def discriminant(x, labels, classes, rows):
+    """Linear discriminant analysis on `rows`: log p(x | class) of all, up to a row."""
+    n = len(x[rows])
+    center, scale = x[rows].mean(axis=0), x[rows].std(axis=0)
+    z = (x - center) / np.where(scale > 1e-6, scale, np.inf)
+    means = np.zeros((classes, x.shape[1]))  # of a class without rows: that of all
+    residuals = z[rows].copy()
+    for k in np.unique(labels[rows]):
+        means[k] = z[rows][labels[rows] == k].mean(axis=0)
+        residuals[labels[rows] == k] -= means[k]
+    covariance = residuals.T @ residuals / n
+    share = oas(residuals, assume_centered=True)[1]
+    mean_variance = np.eye(x.shape[1]) * np.diag(covariance).mean()
+    shrunk = (1 - share) * covariance + (share + 0.01) * mean_variance
+    inverse = np.linalg.inv(shrunk)
+    log_p = np.zeros((len(x), classes))
+    for k in range(classes):
+        d = z - means[k]
+        log_p[:, k] = -0.5 * np.sum(d @ inverse * d, axis=1)
+    return log_p
+
+
+def linear_readout(x, labels, classes):
+    """Probabilities that a discriminant gives to the half it was not fitted to."""
+    half, rows = halves(labels), np.arange(len(labels))
+    evidence, prior = np.zeros((2, len(labels), classes))
+    for test in (0, 1):
+        fit = half != test
+        counts = np.maximum(np.bincount(labels[fit], minlength=classes), 0.5)
+        log_p = discriminant(x.astype("float64"), labels, classes, fit)
+        evidence[~fit] = log_p[~fit]
+        prior[~fit] = np.log(counts / fit.sum())
+    prior[:, np.bincount(labels, minlength=classes) == 0] = -np.inf
+    best = None
+    for temperature in (1, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0):
+        log_p = temperature * evidence + prior
+        log_p = log_p - logsumexp(log_p, axis=1, keepdims=True)
+        log_p = np.maximum(log_p, math.log(1e-7))
+        if best is None or log_p[rows, labels].sum() > best[rows, labels].sum():
+            best = log_p
+    return np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
+
+
+def bin_ids(unit, bins):
+    """Bins of equal mass, then one for zeros and one for what is not finite."""
+    edged = np.sort(unit[np.isfinite(unit) & (unit != 0)])
+    edges = [edged[len(edged) * i // bins] for i in range(1, bins) if len(edged)]
+    ids = np.digitize(unit, edges)
+    ids[unit == 0] = bins
+    ids[~np.isfinite(unit)] = bins + 1
+    return ids
 
 
 def relative_change(r, expected=0.05, floor=0.1, max_factor=1.5):

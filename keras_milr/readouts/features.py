@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_milr import targets
+from keras_milr._arguments import check_integer
 
 _HUGE = 1e15  # Beyond, the square of a float32 overflows when summed.
 
@@ -12,8 +13,8 @@ def pooled(activations, cells: int):
     """Averages space and time: every axis between samples and channels.
 
     Args:
-        activations: Tensor of shape `(n, ..., channels)`, or a list of them (the
-            outputs or the calls of one layer), which end side by side.
+        activations: Array or tensor of shape `(n, ..., channels)`, or a list of them
+            (the outputs or the calls of one layer), which end side by side.
         cells: Number of cells, of equal size, that an axis is averaged to. A shorter
             axis stays as it is, one of unknown length gets one cell.
 
@@ -24,6 +25,11 @@ def pooled(activations, cells: int):
     parts = []
     for x in activations if isinstance(activations, (list, tuple)) else [activations]:
         x = ops.cast(x, "float32")  # Half precision overflows in sums.
+        if len(x.shape) == 0:
+            raise ValueError(
+                "Argument `activations` must be an array of shape (n, ..., channels), "
+                f"or a list of them. Received a number: {x}"
+            )
         if len(x.shape) == 1:
             x = ops.expand_dims(x, -1)
         for axis in range(1, len(x.shape) - 1):
@@ -63,29 +69,32 @@ def finite(features):
 
 
 def checked_samples(features, class_ids, num_classes, sample_weight=None):
-    """The arguments of a readout as arrays of the right types and one length.
+    """Class ids and weights as arrays of the right types and one length.
 
     Raises:
         ValueError: for shapes that do not fit, ids out of range, and weights that are
             negative or not finite.
     """
-    if len(features.shape) < 1 or 0 in features.shape:
+    check_integer("num_classes", num_classes, at_least=2)
+    if len(features.shape) != 2 or 0 in features.shape:
         raise ValueError(
-            "Argument `activations` must have shape (n, ..., channels), n > 0. "
-            f"Received: shape {tuple(features.shape)}"
+            "Argument `features` must have shape (n, features), neither of them 0. "
+            f"Received: features.shape={tuple(features.shape)}"
         )
     ids = targets.checked_class_ids(class_ids, num_classes)
     weight = np.ones(len(ids), "float32") if sample_weight is None else sample_weight
     weight = np.asarray(weight, "float32")
     if len(ids) != features.shape[0] or weight.shape != ids.shape:
         raise ValueError(
-            "Activations, `class_ids` and `sample_weight` must have the same length. "
+            "Arguments `features`, `class_ids` and `sample_weight` must have the same "
+            "length, and `sample_weight` one axis. "
             f"Received: {features.shape[0]}, {len(ids)} and {weight.shape}"
         )
-    if not np.all(np.isfinite(weight) & (weight >= 0)):
+    bad = weight[~(np.isfinite(weight) & (weight >= 0))]
+    if bad.size:
         raise ValueError(
             "Argument `sample_weight` must be finite and not negative. "
-            f"Received: {sample_weight!r}"
+            f"Received {bad.size} bad value(s), the first {bad[0]}"
         )
     return ids, weight
 

@@ -8,6 +8,8 @@ import numpy as np
 class Information(NamedTuple):
     """What a readout found, in nats.
 
+    Numbers; of `UnitHistogram(reduce=None)`, arrays with an entry for each unit.
+
     Attributes:
         value: Information of the reading about the class, corrected for bias,
             between 0 and `entropy`.
@@ -34,7 +36,7 @@ class Information(NamedTuple):
     @property
     def accessible(self) -> float:
         """The larger of the two lower bounds, `value` and `bound`."""
-        return float(np.fmax(self.value, self.bound))
+        return np.fmax(self.value, self.bound)
 
     @property
     def noise(self) -> float:
@@ -44,6 +46,6 @@ class Information(NamedTuple):
         error of one reading is about 0.15 for the bound and 0.5 for counts; measured
         between epochs by `benchmarks/paired_noise.py`.
         """
-        if self.bound > self.value or self.estimator == "bound":
-            return 0.15 * self.bound_stderr
-        return 0.5 * self.stderr
+        by_bound = (self.bound > self.value) | (self.estimator == "bound")
+        # [()]: a number where there is no axis.
+        return np.where(by_bound, 0.15 * self.bound_stderr, 0.5 * self.stderr)[()]

@@ -19,9 +19,10 @@ class UnitHistogram:
 
     The classical estimate. The activations of each unit are cut in `bins` bins of as
     equal numbers of samples as ties allow; equal activations are never separated.
-    Exact zeros, which a ReLU has many of, have a bin of their own, as have activations
-    that are not finite. The mutual information of (bin, label) is corrected by Miller
-    and Madow's term. Axes between samples and channels, space and time, are averaged.
+    Exact zeros, which a ReLU has many of, have a bin of their own, and activations
+    that are not finite have another. The mutual information of (bin, label) is
+    corrected by Miller and Madow's term. Axes between samples and channels, space and
+    time, are averaged.
 
     It is a diagnostic: what single units say, one at a time. The mean over units may
     fall while the layer learns, and the sum would count the same information many times
@@ -104,9 +105,20 @@ class UnitHistogram:
         return Information(value=value, entropy=entropy, **units)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`."""
-        features = self.features(keras.ops.convert_to_tensor(activations))
-        return self.read(features, class_ids, num_classes)
+        """Reads the activations of all samples: `features`, then `read`.
+
+        Args:
+            activations: Array of shape `(n, ..., channels)`, or a list of them.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
+            num_classes: K.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        return self.read(self.features(activations), class_ids, num_classes)
 
     def get_config(self) -> dict:
         return {"bins": self.bins, "reduce": self.reduce}
@@ -122,11 +134,15 @@ def _compiled():
 
 
 def _count(features, class_ids, weight, bins, num_classes):
-    """Tables of (bin, label) for each unit: shape `(units, bins + 1, K)`."""
+    """Tables of (bin, label) for each unit: shape `(units, bins + 2, K)`.
+
+    The last two bins are for zeros and for what is not finite.
+    """
     ops = keras.ops
     x = ops.cast(features, "float32")
     n, units = x.shape
-    binned = feature.finite(x) & (x != 0.0)
+    finite = ops.isfinite(x)
+    binned = finite & (x != 0.0)
     # Sorted, what is not binned comes last; edges lie at quantiles of the rest.
     used = binned & (weight > 0)[:, None]
     ordered = ops.sort(ops.where(used, x, np.inf), axis=0)
@@ -136,14 +152,14 @@ def _count(features, class_ids, weight, bins, num_classes):
     ids = ops.zeros((n, units), "int32")
     for edge in range(bins - 1):
         ids = ids + ops.cast(x >= edges[edge], "int32")
-    ids = ops.where(binned, ids, bins)
+    ids = ops.where(binned, ids, ops.where(finite, bins, bins + 1))
 
-    cells = (ops.arange(units)[None, :] * (bins + 1) + ids) * num_classes
+    cells = (ops.arange(units)[None, :] * (bins + 2) + ids) * num_classes
     cells = cells + class_ids[:, None]
     weights = ops.broadcast_to(weight[:, None], (n, units))
     counts = ops.segment_sum(
         ops.reshape(weights, (-1,)),
         ops.reshape(cells, (-1,)),
-        num_segments=units * (bins + 1) * num_classes,
+        num_segments=units * (bins + 2) * num_classes,
     )
-    return ops.reshape(counts, (units, bins + 1, num_classes))
+    return ops.reshape(counts, (units, bins + 2, num_classes))
