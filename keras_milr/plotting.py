@@ -3,9 +3,15 @@
 import keras
 import numpy as np
 
+_MOST_LINES = 8  # More layers than this are shown as a map.
+
 
 def plot_history(history):
     """Plots information and learning rate over the epochs.
+
+    With rates for layers, both are drawn for each layer (or group), coloured from
+    input to output: as lines for up to 8 layers, as maps with a row for each layer
+    for more.
 
     Args:
         history: A trained `MutualInformationLR`, whose records also have H(Y) and
@@ -27,9 +33,25 @@ def plot_history(history):
         ) from error
 
     series = _series(history)
+    layers = series.get("layers", [])
+    many = len(layers) > _MOST_LINES
+    height = 2.5 + 0.14 * len(layers) if many else 3.0
     figure, (top, bottom) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(7, 5.5), height_ratios=(3, 2), layout="constrained"
+        2,
+        1,
+        sharex=True,
+        figsize=(7, 2 * height if many else 5.5),
+        height_ratios=(1, 1) if many else (3, 2),
+        layout="constrained",
     )
+    draw = _draw_network if not layers else _draw_maps if many else _draw_layers
+    draw(figure, top, bottom, series)
+    bottom.set_xlabel("epochs trained")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw_network(figure, top, bottom, series):
     epochs = series["epoch"]
     if "entropy" in series:
         top.plot(
@@ -45,44 +67,69 @@ def plot_history(history):
     ):
         if key in series:
             top.plot(epochs, series[key], style, marker=".", label=label)
+    # A point has the rate that led up to it.
+    bottom.step(epochs, series["rate"], "C2", where="pre", marker=".")
+    _finish_lines(top, bottom)
+
+
+def _draw_layers(figure, top, bottom, series):
+    from matplotlib import colormaps
+
+    epochs, layers = series["epoch"], series["layers"]
+    if "entropy" in series:
+        top.plot(epochs, series["entropy"], "k--", lw=1, label="H(Y)")
+    if "output" in series:
+        top.plot(epochs, series["output"], "k:", label="output")
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    rows = zip(layers, series["information"], series["rate"], colors, strict=True)
+    for name, information, rate, color in rows:
+        top.plot(epochs, information, marker=".", color=color, label=name)
+        bottom.step(epochs, rate, where="pre", marker=".", color=color)
+    _finish_lines(top, bottom)
+    top.get_legend().remove()
+    figure.legend(loc="outside right upper", frameon=False)
+
+
+def _finish_lines(top, bottom):
     top.set_ylabel("nats")
     top.set_ylim(bottom=0)
     top.legend(loc="lower right", frameon=False)
-    # A point has the rate that led up to it.
-    bottom.step(epochs, series["rate"], "C2", where="pre", marker=".")
     bottom.set_yscale("log")
     bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("epochs trained")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
+
+
+def _draw_maps(figure, top, bottom, series):
+    from matplotlib.colors import LogNorm
+
+    epochs, layers = series["epoch"], series["layers"]
+    # A cell reaches from the reading before, whose rates led up to this one, to it.
+    step = epochs[1] - epochs[0] if len(epochs) > 1 else 1.0
+    edges = np.concatenate([[epochs[0] - step], epochs])
+    rates = np.ma.masked_less_equal(series["rate"], 0)  # Frozen: left blank.
+    norm = LogNorm(rates.min(), rates.max()) if rates.count() else None
+    for axes, values, label, options in (
+        (top, series["information"], "nats", {"vmin": 0}),
+        (bottom, rates, "learning rate", {"norm": norm}),
+    ):
+        image = axes.pcolormesh(
+            edges, np.arange(len(layers) + 1) - 0.5, values, **options
+        )
+        figure.colorbar(image, ax=axes, label=label)
+        axes.set_yticks(np.arange(len(layers)), layers, fontsize=6)
+        axes.set_ylabel("input → output")
 
 
 def _series(history):
-    """Arrays to draw, by name: `epoch`, `rate`, and what is known of the rest."""
+    """Arrays to draw, by name: `epoch`, `rate`, and what is known of the rest.
+
+    With rates for layers, `layers` has their names, and `rate` and `information` a row
+    for each.
+    """
     if isinstance(history, keras.callbacks.History):
-        logs = history.history
-        names = {
-            "rate": "learning_rate",
-            "information": "probe_information",
-            "value": "probe_mutual_information",
-        }
-        if "probe_information" not in logs:
-            # A validation that was not in every epoch has no place on the axis.
-            metrics = ("val_mutual_information", "mutual_information")
-            epochs = len(logs.get("learning_rate", ()))
-            whole = [key for key in metrics if len(logs.get(key, ())) == epochs > 0]
-            names["value"] = whole[0] if whole else ""
-        series = {k: np.asarray(logs[v]) for k, v in names.items() if v in logs}
-        if "rate" not in series or len(series) == 1:
-            raise ValueError(
-                "Argument `history` must have a learning rate and a mutual information "
-                f"in its logs. Received: keys {sorted(logs)}"
-            )
-        series["epoch"] = np.asarray(history.epoch) + 1
-        return series
+        return _series_of_logs(history)
     records = getattr(history, "history", None)
     if not isinstance(records, list):
         raise TypeError(
@@ -93,8 +140,54 @@ def _series(history):
         raise ValueError(
             "Argument `history` has no records. Received a callback not used in `fit`"
         )
+    layers = list(records[0]["rate"]) if isinstance(records[0]["rate"], dict) else []
+
+    def values(name):
+        if not layers or not isinstance(records[0][name], dict):
+            return np.array([record[name] for record in records])
+        return np.array([[record[name][k] for record in records] for k in layers])
+
     names = ("epoch", "batch", "rate", "information", "value", "entropy", "noise")
-    series = {name: np.array([record[name] for record in records]) for name in names}
+    series = {name: values(name) for name in names}
+    if layers:
+        series["layers"] = layers
+        series["entropy"] = series["entropy"][0]  # The same for all.
+        # fmax: the larger of the two bounds, where there are two.
+        outputs = [record["output"] for record in records]
+        series["output"] = np.array([np.fmax(o["value"], o["bound"]) for o in outputs])
     batches = history.params.get("steps") or max(series["batch"].max(), 1)
     series["epoch"] = series["epoch"] + series["batch"] / batches
     return series
+
+
+def _series_of_logs(history):
+    logs = history.history
+    prefix = "probe_mutual_information/"
+    layers = [key.removeprefix(prefix) for key in logs if key.startswith(prefix)]
+    if layers:
+        series = {
+            "layers": layers,
+            "rate": np.array([logs[f"learning_rate/{name}"] for name in layers]),
+            "information": np.array([logs[prefix + name] for name in layers]),
+        }
+        names = {"output": "probe_information"}
+    else:
+        series = {}
+        names = {
+            "rate": "learning_rate",
+            "information": "probe_information",
+            "value": "probe_mutual_information",
+        }
+        if "probe_information" not in logs:
+            # A validation that was not in every epoch has no place on the axis.
+            metrics = ("val_mutual_information", "mutual_information")
+            length = len(logs.get("learning_rate", ()))
+            whole = [key for key in metrics if len(logs.get(key, ())) == length > 0]
+            names["value"] = whole[0] if whole else ""
+    series |= {k: np.asarray(logs[v]) for k, v in names.items() if v in logs}
+    if "rate" not in series or len(series) == 1:
+        raise ValueError(
+            "Argument `history` must have a learning rate and a mutual information "
+            f"in its logs. Received: keys {sorted(logs)}"
+        )
+    return series | {"epoch": np.asarray(history.epoch) + 1}

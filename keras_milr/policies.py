@@ -2,7 +2,8 @@
 
 A policy is a callable `policy(reading) -> rate`. It is a pure function of the reading:
 whatever it must know is in there. All arithmetic is elementwise, so the same code sets
-one rate for a network or an array of rates for its layers.
+one rate for a network or an array of rates for its layers. Only the last step looks
+across layers: it keeps the ratio between their rates within `max_ratio`.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
@@ -92,28 +93,38 @@ class RelativeChange(_Configured):
             Defaults to `0.1`.
         max_factor: Largest factor, and one over the smallest, by which one reading
             may change the rate. Defaults to `1.5`.
+        max_ratio: With several rates, the largest ratio between two of them, both in
+            units of their start; the lowest are raised to it. Defaults to `30`.
 
     Raises:
-        ValueError: for `expected < 0`, `floor <= 0` or `max_factor <= 1`.
+        ValueError: for `expected < 0`, `floor <= 0`, `max_factor <= 1` or
+            `max_ratio < 1`.
     """
 
-    _constants = ("expected", "floor", "max_factor")
+    _constants = ("expected", "floor", "max_factor", "max_ratio")
 
     def __init__(
-        self, expected: float = 0.05, floor: float = 0.1, max_factor: float = 1.5
+        self,
+        expected: float = 0.05,
+        floor: float = 0.1,
+        max_factor: float = 1.5,
+        max_ratio: float = 30.0,
     ):
         check_number("expected", expected, at_least=0)
         check_number("floor", floor, above=0)
         check_number("max_factor", max_factor, above=1)
+        check_number("max_ratio", max_ratio, at_least=1)
         self.expected = expected
         self.floor = floor
         self.max_factor = max_factor
+        self.max_ratio = max_ratio
 
     def __call__(self, reading: Reading) -> np.ndarray:
         base = np.maximum(reading.previous, self.floor * reading.reference)
         relative = _change(reading) / np.maximum(base, reading.noise)
         factor = (1.0 + relative) / (1.0 + self.expected)
-        return reading.rate * np.clip(factor, 1.0 / self.max_factor, self.max_factor)
+        factor = np.clip(factor, 1.0 / self.max_factor, self.max_factor)
+        return _within_ratio(reading.rate * factor, reading, self.max_ratio)
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -152,13 +163,18 @@ class ReferenceLevel(_Configured):
             raise it. Defaults to `8`.
         grow_below: Share of the reference beyond which the rate is not raised: it
             serves well as it is. Defaults to `0.8`.
+        max_ratio: With several rates, the largest ratio between two of them, both in
+            units of their start; the lowest are raised to it. Defaults to `30`.
 
     Raises:
         ValueError: for a `share`, `cut`, `floor` or `grow_below` outside (0, 1], a
-            `hold` outside (0, 1), or a negative `grow_steps`.
+            `hold` outside (0, 1), a negative `grow_steps`, or `max_ratio < 1`.
     """
 
-    _constants = ("share", "cut", "hold", "floor", "grow_steps", "grow_below")
+    _constants = (
+        *("share", "cut", "hold", "floor", "grow_steps", "grow_below"),
+        "max_ratio",
+    )
 
     def __init__(
         self,
@@ -168,6 +184,7 @@ class ReferenceLevel(_Configured):
         floor: float = 0.01,
         grow_steps: int = 8,
         grow_below: float = 0.8,
+        max_ratio: float = 30.0,
     ):
         for name, value in (
             ("share", share),
@@ -178,12 +195,14 @@ class ReferenceLevel(_Configured):
             check_number(name, value, above=0, at_most=1)
         check_number("hold", hold, above=0, below=1)
         check_integer("grow_steps", grow_steps, at_least=0)
+        check_number("max_ratio", max_ratio, at_least=1)
         self.share = share
         self.cut = cut
         self.hold = hold
         self.floor = floor
         self.grow_steps = grow_steps
         self.grow_below = grow_below
+        self.max_ratio = max_ratio
 
     def __call__(self, reading: Reading) -> np.ndarray:
         negligible = np.maximum(self.hold * reading.reference, reading.noise)
@@ -206,7 +225,8 @@ class ReferenceLevel(_Configured):
         early = reading.information < 0.5 * reading.reference
         rate = np.where(may_grow & (gain > self.share), 2 * reading.rate, rate)
         rate = np.where(may_grow & early, 3 * reading.rate, rate)
-        return np.where(missing < negligible, reading.rate, rate)
+        rate = np.where(missing < negligible, reading.rate, rate)
+        return _within_ratio(rate, reading, self.max_ratio)
 
 
 _POLICIES = {"relative": RelativeChange, "reference": ReferenceLevel}
@@ -245,3 +265,10 @@ def _change(reading: Reading) -> np.ndarray:
     """Change of the information since the previous reading, 0 within the noise."""
     change = reading.information - reading.previous
     return np.where(np.abs(change) <= reading.noise, 0.0, change)
+
+
+def _within_ratio(rates, reading: Reading, max_ratio: float) -> np.ndarray:
+    """Keeps the ratio between rates, in units of their start, by raising the lowest."""
+    start = reading.start_rate
+    share = np.divide(rates, start, out=np.zeros_like(rates), where=start > 0)
+    return np.maximum(rates, start * np.max(share) / max_ratio)

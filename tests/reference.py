@@ -165,3 +165,12 @@ def reference_level(
             return 2 * r["rate"]
     kept = r["rate"] * min(max(gain / share, cut), 1.0)
     return max(kept, min(floor * r["peak_rate"], r["rate"]))
+
+
+def within_ratio(rates, r, max_ratio=30.0):
+    """No rate, in units of its start, further than `max_ratio` below another."""
+    highest = max(
+        rate / start for rate, start in zip(rates, r["start_rate"], strict=True)
+    )
+    rows = zip(rates, r["start_rate"], strict=True)
+    return [max(rate, start * highest / max_ratio) for rate, start in rows]

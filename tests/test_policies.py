@@ -12,11 +12,17 @@ POLICIES = [
     (policies.ReferenceLevel, reference.reference_level),
 ]
 OTHER_CONSTANTS = {
-    policies.RelativeChange: {"expected": 0.2, "floor": 0.01, "max_factor": 50.0},
+    policies.RelativeChange: dict(
+        zip(
+            policies.RelativeChange._constants,
+            (0.2, 0.01, 50.0, 2.0),
+            strict=True,
+        )
+    ),
     policies.ReferenceLevel: dict(
         zip(
             policies.ReferenceLevel._constants,
-            (0.3, 0.2, 0.1, 0.05, 15, 0.6),
+            (0.3, 0.2, 0.1, 0.05, 15, 0.6, 1.5),
             strict=True,
         )
     ),
@@ -67,7 +73,10 @@ def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
     for constants in ({}, OTHER_CONSTANTS[policy]):
         rates = policy(**constants)(reading)
         assert rates.shape == (4,)
-        expected = [plain(entry(reading, i), **constants) for i in range(4)]
+        single = {k: v for k, v in constants.items() if k != "max_ratio"}
+        each = [plain(entry(reading, i), **single) for i in range(4)]
+        ratio = constants.get("max_ratio", 30.0)
+        expected = reference.within_ratio(each, reading._asdict(), ratio)
         np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
@@ -154,6 +163,32 @@ def make_reading(**changes):
     )
 
 
+@BOTH
+def test_the_ratio_between_layers_is_bounded(policy):
+    """One layer learns on and on, the other says nothing new; from unequal starts."""
+    start = np.array([1e-3, 1e-2])
+    reading = policies.Reading(
+        rate=start,
+        start_rate=start,
+        peak_rate=start,
+        information=np.array([0.4, 1.0]),
+        previous=np.array([0.1, 1.0]),
+        best=np.array([0.4, 1.0]),
+        reference=np.array([2.0, 2.0]),
+        noise=np.array([0.01, 0.01]),
+        step=20,  # No growth any more.
+        steps=None,
+        rollbacks=0,
+    )
+    for _ in range(50):
+        rate = policy(reading)
+        relative = rate / start
+        assert relative.max() <= 30.0001 * relative.min()
+        peak = np.maximum(reading.peak_rate, rate)
+        reading = reading._replace(rate=rate, peak_rate=peak)
+    assert relative.max() >= 29.9999 * relative.min()
+
+
 class TestRelativeChange:
     policy = staticmethod(policies.RelativeChange())
 
@@ -227,7 +262,7 @@ def test_get():
     assert again.get_config() == policy.get_config()
     assert repr(again) == (
         "ReferenceLevel(share=0.2, cut=0.5, hold=0.02, floor=0.01, grow_steps=0, "
-        "grow_below=0.8)"
+        "grow_below=0.8, max_ratio=30.0)"
     )
 
 
@@ -258,6 +293,8 @@ def test_unknown_policies(identifier, error):
         (policies.ReferenceLevel, "floor", float("nan")),
         (policies.ReferenceLevel, "grow_steps", -1),
         (policies.ReferenceLevel, "grow_below", 0.0),
+        (policies.RelativeChange, "max_ratio", 0.5),
+        (policies.ReferenceLevel, "max_ratio", float("inf")),
     ],
 )
 def test_bad_constants(policy, name, value):
