@@ -30,9 +30,23 @@ class MutualInformationLR(keras.callbacks.Callback):
     mutual information of (prediction, label), and H(Y) − CE. The larger one is what the
     policy sees.
 
+    With `layers` there is a rate for each layer, or group of layers, of a model that is
+    compiled with a `LayerwiseOptimizer`. All of them are read in the same pass as the
+    output: what a linear readout gets out of a layer about the labels, in nats like
+    the output; see `readouts.LinearReadout`. The policy then works on arrays with an
+    entry for each layer, and a layer's multiplier becomes its rate over the
+    optimizer's learning rate, which stays for others to set. The policies move a layer's
+    rate by what its own reading has gained beyond the noise, and keep the ratio
+    between rates within 30. Layers near the input say nearly all that they will ever
+    say from the start, so mostly the upper ones move. No mapping from the
+    information in layers to their rates is known that beats its own controls; take
+    it as a diagnostic and an experiment, and see the README for what was measured.
+
     It adds to the logs of each epoch `learning_rate`, the rate that the epoch was
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
-    bias) and `probe_information` (what the policy sees), both of the last reading.
+    bias) and `probe_information` (what the policy sees for the network), both of the
+    last reading; with `layers` also `learning_rate/<layer>` and
+    `probe_mutual_information/<layer>`.
     `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
 
     In the list of callbacks it should stand before those that use these keys, before
@@ -62,8 +76,17 @@ class MutualInformationLR(keras.callbacks.Callback):
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
-        readout: `"auto"` or a `keras_milr.readouts.Predictions`. `"auto"` takes
-            `from_logits` from the compiled loss. Defaults to `"auto"`.
+        layers: Which layers have a rate of their own: `"all"` with trainable weights, a
+            name or regular expression, or a list of these; or a dict from the name
+            of a group to its layers, which share one rate and are read at the last
+            one that is called. Others keep their multiplier. Names are those of
+            `LayerwiseOptimizer.summary()`. A group's rate is the highest of its
+            layers'; their multipliers keep their ratios. Defaults to `None`: one rate
+            for the network.
+        readout: How to read. `"auto"`, a `keras_milr.readouts.Predictions` for the
+            output, or with `layers` a `readouts.LinearReadout` or
+            `readouts.UnitHistogram` for them. `"auto"` takes `from_logits` from the
+            compiled loss, and a `LinearReadout` for layers. Defaults to `"auto"`.
         learning_rate: Float, the rate to start with. Defaults to `None`: keep the
             optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
@@ -84,13 +107,15 @@ class MutualInformationLR(keras.callbacks.Callback):
         history: List of dicts, one for each reading, JSON-serialisable: `epoch` and
             `batch` (batches of that epoch trained by then), all fields of
             `policies.Reading` and of `readouts.Information`. With a probe the first is
-            from before the training (`step` 0).
+            from before the training (`step` 0). With `layers` these fields are dicts
+            from layer to number, and `output` has what was found at the output.
 
     Raises:
         ValueError: for arguments out of range, and before the first batch for anything
             that would fail later: neither probe nor metric, data that cannot be
-            measured, an optimizer whose rate cannot be set, a policy that does not
-            return finite rates.
+            measured, an optimizer whose rate cannot be set, `layers` without a
+            `LayerwiseOptimizer` or that name no layer with trainable weights, a policy
+            that does not return finite rates.
         TypeError: for arguments of a wrong type.
 
     Reference:
