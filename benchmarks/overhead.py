@@ -1,16 +1,17 @@
 """What measuring costs: `fit` with the callback or the metric over `fit` without.
 
-Trains the quickstart's small CNN on Fashion-MNIST with a constant rate and three kinds
-of reading: none; the MutualInformation metric; MutualInformationLR with a probe. The
-policy keeps the rate, so that all do the same training.
+Trains the quickstart's small CNN on Fashion-MNIST with a constant rate and four kinds
+of reading: none; the MutualInformation metric; MutualInformationLR with a probe; and
+with a probe of all layers, the optimizer wrapped in a LayerwiseOptimizer. The policy
+keeps the rates, so that all do the same training.
 
-The speed of a shared machine changes from second to second. So the three `fit`s
-of a round take turns, a few batches each, and each is timed in its turns only: a
-disturbance hits all alike. Even so a machine may stall for longer than an epoch takes,
-and a stall only ever adds. So the time of an epoch is put together turn by turn, from
-the fastest of each turn over the rounds (and, after the first epoch, which compiles,
-over the epochs). The quartiles are those of the same sums over 1,000 bootstrap samples
-of the rounds and epochs. Prints a table and writes JSON with every turn.
+The speed of a shared machine changes from second to second. So the `fit`s of a round
+take turns, a few batches each, and each is timed in its turns only: a disturbance hits
+all alike. Even so a machine may stall for longer than an epoch takes, and a stall only
+ever adds. So the time of an epoch is put together turn by turn, from the fastest of
+each turn over the rounds (and, after the first epoch, which compiles, over the epochs).
+The quartiles are those of the same sums over 1,000 bootstrap samples of the rounds and
+epochs. Prints a table and writes JSON with every turn.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --samples 2000 --epochs 2 --rounds 2
@@ -36,7 +37,7 @@ import keras_milr
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import quickstart
 
-VARIANTS = ("without", "metric", "probe")
+VARIANTS = ("without", "metric", "probe", "layers")
 
 
 class Turns:
@@ -103,16 +104,19 @@ def train(variant, clock, x, y, arguments):
         keras.utils.set_random_seed(0)
         model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
         metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
+        layers, optimizer = None, model.optimizer
+        if variant == "layers":
+            layers, optimizer = "all", keras_milr.LayerwiseOptimizer(optimizer)
         model.compile(
-            model.optimizer,
+            optimizer,
             model.loss,
             metrics=["accuracy", *metrics],
             jit_compile=arguments.jit_compile,
         )
         callbacks = [clock]
-        if variant == "probe":
+        if variant in ("probe", "layers"):
             probe = keras_milr.MutualInformationLR(
-                keep, probe_data=(x, y), probe_size=arguments.probe_size
+                keep, (x, y), probe_size=arguments.probe_size, layers=layers
             )
             callbacks = [probe, clock]
         clock.since = time.perf_counter()

@@ -94,7 +94,8 @@ def _finish_lines(top, bottom):
     top.set_ylabel("nats")
     top.set_ylim(bottom=0)
     top.legend(loc="lower right", frameon=False)
-    bottom.set_yscale("log")
+    if any(np.any(line.get_ydata() > 0) for line in bottom.get_lines()):
+        bottom.set_yscale("log")  # Which cannot show that all are frozen.
     bottom.set_ylabel("learning rate")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """The scripts run as a user runs them, in a small setting."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,44 @@ def test_quickstart_without_a_download(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mnist cannot be had, so digits instead" in done.stdout
     assert "digits: 1077 training" in done.stdout
+
+
+def test_finetune(tmp_path):
+    figure = tmp_path / "finetune.png"
+    done = run(
+        "examples/finetune.py",
+        "--dataset=digits",
+        "--pretrain-epochs=8",
+        "--epochs=8",
+        "--seeds=1",
+        "--output",
+        figure,
+    )
+    assert done.returncode == 0, done.stderr
+    assert figure.stat().st_size > 10_000
+    rows = dict(re.findall(r"^(.{20}) +(0\.\d+)", done.stdout, re.MULTILINE))
+    rows = {name.strip(): float(accuracy) for name, accuracy in rows.items()}
+    assert set(rows) == {
+        *("one rate", "cosine", "layer_decay=0.75", "layer_decay=0.5"),
+        *("frozen backbone", "MI, layer-wise", "control: shuffled", "control: mean"),
+    }
+    assert rows["MI, layer-wise"] > 0.6
+    assert rows["one rate"] > 0.6
+
+
+def test_optimizer_step_benchmark(tmp_path):
+    output = tmp_path / "step.json"
+    done = run(
+        "benchmarks/optimizer_step.py",
+        "--rounds=2",
+        "--steps=1",
+        "--units=8",
+        "--output",
+        output,
+    )
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads(output.read_text())["ratios"]
+    assert {"SGD, layerwise", "Adam, layerwise", "AdamW, layerwise"} <= set(ratios)
 
 
 def test_overhead_benchmark(tmp_path):

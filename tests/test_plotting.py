@@ -87,3 +87,69 @@ def test_bad_input(trained):
         keras_milr.plot_history(keras_milr.MutualInformationLR())
     with pytest.raises(ValueError, match="in its logs"):
         keras_milr.plot_history(keras.callbacks.History())
+
+
+@pytest.fixture(scope="module", params=[3, 12], ids=["lines", "maps"])
+def with_layers(request, digits):
+    """As many layers; few enough for lines, or too many."""
+    x, y = digits
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(8, "relu", name=f"d{i}") for i in range(request.param)]
+    head = keras.layers.Dense(10, activation="softmax", name="head")
+    model = keras.Sequential([keras.Input((64,)), *layers[1:], head])
+    model.compile(
+        keras_milr.LayerwiseOptimizer("adam"), "sparse_categorical_crossentropy"
+    )
+    callback = keras_milr.MutualInformationLR(
+        "relative", probe_data=(x, y), layers="all"
+    )
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
+    return callback, history, [*(layer.name for layer in layers[1:]), "head"]
+
+
+@pytest.mark.parametrize("of", ["callback", "history"])
+def test_of_layers(with_layers, of):
+    callback, history, names = with_layers
+    figure = keras_milr.plot_history(callback if of == "callback" else history)
+    top, bottom = figure.axes[:2]
+    start = 0 if of == "callback" else 1  # The reading before the training.
+    records = callback.history[start:]
+    logged = of == "history"
+    information = [
+        [r["value" if logged else "information"][name] for r in records]
+        for name in names
+    ]
+    rates = [history.history[f"learning_rate/{name}"] for name in names]
+    if len(names) <= 8:
+        drawn = {line.get_label(): line for line in top.get_lines()}
+        for name, values in zip(names, information, strict=True):
+            np.testing.assert_allclose(drawn[name].get_xdata(), range(start, 4))
+            np.testing.assert_allclose(drawn[name].get_ydata(), values)
+        outputs = [r["output"] for r in records]
+        np.testing.assert_allclose(
+            drawn["output"].get_ydata(), [max(o["value"], o["bound"]) for o in outputs]
+        )
+        assert ("H(Y)" in drawn) == (of == "callback")
+        for line, values in zip(bottom.get_lines(), rates, strict=True):
+            np.testing.assert_allclose(line.get_ydata()[1 - start :], values)
+        return
+    (upper,), (lower,) = top.collections, bottom.collections
+    np.testing.assert_allclose(upper.get_array(), information)
+    np.testing.assert_allclose(lower.get_array()[:, 1 - start :], rates)
+    # A cell ends where its reading was taken.
+    np.testing.assert_allclose(upper.get_coordinates()[0, 1:, 0], range(start, 4))
+    assert [label.get_text() for label in top.get_yticklabels()] == names
+    assert [axes.get_ylabel() for axes in figure.axes[2:]] == ["nats", "learning rate"]
+
+
+def test_of_frozen_layers(with_layers):
+    """A rate of 0, which a logarithm cannot show, is left out."""
+    callback, *_ = with_layers
+    frozen = keras_milr.MutualInformationLR(probe_data=callback.probe_data)
+    frozen.set_params(callback.params)
+    frozen.history = [
+        record | {"rate": dict.fromkeys(record["rate"], 0.0)}
+        for record in callback.history
+    ]
+    figure = keras_milr.plot_history(frozen)
+    figure.canvas.draw()
