@@ -35,8 +35,8 @@ class MutualInformationLR(keras.callbacks.Callback):
     output: what a linear readout gets out of a layer about the labels, in nats like
     the output; see `readouts.LinearReadout`. The policy then works on arrays with an
     entry for each layer, and a layer's multiplier becomes its rate over the
-    optimizer's learning rate, which stays for others to set. The policies move a layer's
-    rate by what its own reading has gained beyond the noise, and keep the ratio
+    optimizer's learning rate, which stays for others to set. The policies move the rate
+    of a layer by what its own reading has gained beyond the noise, and keep the ratio
     between rates within 30. Layers near the input say nearly all that they will ever
     say from the start, so mostly the upper ones move. No mapping from the
     information in layers to their rates is known that beats its own controls; take
