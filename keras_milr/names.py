@@ -66,7 +66,7 @@ def resolve(values: dict, paths: list[str], argument: str) -> list:
     names = short_names(paths)
     given = [{} for _ in paths]
     for pattern, value in values.items():
-        found = [i for i in range(len(paths)) if _means(pattern, paths[i], argument)]
+        found = _meant(pattern, paths, argument)
         if not found:
             raise ValueError(
                 f"Argument `{argument}` names no layer with {pattern!r}. Use a name "
@@ -95,23 +95,34 @@ def _ends(path):
     return ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _means(pattern, path, argument):
+def _runs(path):
+    parts = path.split("/")
+    return [
+        "/".join(parts[i:j])
+        for i in range(len(parts))
+        for j in range(i + 1, len(parts) + 1)
+    ]
+
+
+def _meant(pattern, paths, argument):
+    """Indices of the layers that a pattern means."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"Argument `{argument}` must name layers with strings. "
             f"Received: {pattern!r} of type {type(pattern).__name__}"
         )
+    runs = [_runs(path) for path in paths]
+    found = {i for i, of_one in enumerate(runs) if pattern in of_one}
     try:
         expression = re.compile(pattern)
     except re.error as error:
+        if found:  # A name need not be a regular expression.
+            return sorted(found)
         raise ValueError(
             f"Argument `{argument}` must name layers with names or regular "
             f"expressions. Received: {pattern!r}, which is none: {error}"
         ) from error
-    parts = path.split("/")
-    runs = (
-        "/".join(parts[i:j])
-        for i in range(len(parts))
-        for j in range(i + 1, len(parts) + 1)
-    )
-    return any(run == pattern or expression.fullmatch(run) for run in runs)
+    found |= {
+        i for i, of_one in enumerate(runs) if any(map(expression.fullmatch, of_one))
+    }
+    return sorted(found)

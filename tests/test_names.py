@@ -72,6 +72,11 @@ def test_names_with_special_characters():
     assert names.resolve({"conv+relu": 1}, ["m/conv+relu", "m/x"], "a") == [1, None]
 
 
+@pytest.mark.parametrize("name", ["block(1", "*", "a[0", "\\"])
+def test_a_name_need_not_be_a_regular_expression(name):
+    assert names.resolve({name: 1}, [f"m/{name}", "m/x"], "a") == [1, None]
+
+
 def test_the_shown_name_of_a_layer_goes_before_patterns():
     """So that what is shown can be handed back, for all layers at once."""
     paths = ["m/block", "m/block/dense", "m/head"]
