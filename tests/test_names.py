@@ -34,7 +34,7 @@ def test_layers_of_one_path_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("paths", "names"),
+    ("paths", "shown"),
     [
         (PATHS, ["enc/dense", "dense_1", "dec/dense", "head"]),
         (["a/b", "x/a/b"], ["a/b", "x/a/b"]),  # The first is an end of the second.
@@ -43,8 +43,8 @@ def test_layers_of_one_path_are_told_apart():
         ([], []),
     ],
 )
-def test_short_names(paths, names):
-    assert names.short_names(paths) == names
+def test_short_names(paths, shown):
+    assert names.short_names(paths) == shown
 
 
 @pytest.mark.parametrize(
