@@ -323,7 +323,8 @@ class Probe:
         def step(forward, state, x, class_ids, weight):
             with layers.recorded(groups) as activations:
                 (outputs,) = keras.tree.flatten(forward(x))
-                features = [layer_readout.features(a) for a in activations()]
+                recorded = activations(class_ids.shape[0])
+                features = [layer_readout.features(a) for a in recorded]
             return readout.update(state, outputs, class_ids, weight), features
 
         self._step = backend.compile_step(model, step)
