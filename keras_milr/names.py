@@ -24,11 +24,14 @@ def owner_paths(variables) -> tuple[list[str], list[int]]:
         whose path occurred before belongs to another layer of the same name, whose path
         gets a number: `"dense"`, `"dense#2"`.
     """
-    paths, owners, seen = {}, [], {}
+    paths, owners, seen, numbers = {}, [], {}, {}
     for variable in variables:
         path, _, name = variable.path.rpartition("/")
-        seen[variable.path] = number = seen.get(variable.path, 0) + 1
+        seen[variable.path] = seen.get(variable.path, 0) + 1
         path = path or name  # A weight of the model itself.
+        # A layer's variables stand together, and the first layer may lack some.
+        number = max(seen[variable.path], numbers.get(path, 1))
+        numbers[path] = number
         if number > 1:
             path = f"{path}#{number}"
         owners.append(paths.setdefault(path, len(paths)))
