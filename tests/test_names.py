@@ -33,6 +33,14 @@ def test_layers_of_one_path_are_told_apart():
     assert owners == [0, 0, 1, 1, 2]
 
 
+def test_a_bias_stays_with_its_kernel():
+    """Where the first of two layers of one path has none."""
+    variables = [Owned(p) for p in ("d/kernel", "d/kernel", "d/bias", "d/kernel")]
+    paths, owners = names.owner_paths(variables)
+    assert paths == ["d", "d#2", "d#3"]
+    assert owners == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("paths", "shown"),
     [
