@@ -47,8 +47,8 @@ def choose(model, layers) -> list[Group]:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a pattern that means no layer with trainable weights, or a layer
-            in two groups.
+        ValueError: for a pattern that means no layer with trainable weights, a layer in
+            two groups, or a group whose layers are all named in others.
     """
     units = _units(model)
     paths = [unit.name for unit in units]

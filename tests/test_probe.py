@@ -502,6 +502,30 @@ class TestLayers:
         expected = LinearReadout().measure(layer(x), y, 10)
         assert found[0].value == pytest.approx(expected.value, abs=0.05)
 
+    def test_a_layer_with_other_rows_than_the_samples(self, digits):
+        """Seen late, where the graph does not know how many there are."""
+
+        class Dark(keras.layers.Layer):
+            def build(self, shape):
+                self.scale = self.add_weight(shape=(1,))
+
+            def call(self, x):
+                return self.scale * tf.boolean_mask(x, x[:, 20] < 0.5)
+
+        class Model(Subclassed):
+            def __init__(self):
+                super().__init__()
+                self.dark = Dark(name="dark")
+
+            def call(self, x, training=False):
+                return super().call(x, training) + 0 * keras.ops.mean(self.dark(x))
+
+        model = Model()
+        model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+        model(digits[0][:100])
+        with pytest.raises(ValueError, match=r"for each sample. Received: 'dark'"):
+            layer_probe(model, digits, "dark").measure()
+
     def test_a_layer_that_cannot_be_read(self, digits):
         model = Subclassed()
         model.unused = keras.layers.Dense(3, name="unused")
