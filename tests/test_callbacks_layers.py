@@ -196,6 +196,12 @@ class TestRates:
             history["learning_rate/out"], [8e-3, 1e-2], rtol=1e-5
         )
 
+    def test_logged_are_the_rates_of_the_last_batch(self, digits):
+        """Where a reading after it has changed them already."""
+        history = fit(make(spread, digits, update_freq=5), digits, epochs=1).history
+        assert history["learning_rate/first"] == pytest.approx([1e-3 / 2**2])
+        assert history["learning_rate/out"] == pytest.approx([1e-3 * 2**2])
+
     def test_groups(self, digits):
         model = make_model(multipliers={"first": 0.5})
         layers = {"body": ["first", "second"], "head": "out"}
