@@ -16,8 +16,7 @@ class Controller:
         policy: A policy.
         reference: None for H(Y), nats, or a callable from `Information` to nats.
         min_lr: Lower bound of every rate.
-        max_lr: Upper bound of every rate, or None for ten times the highest at the
-            start.
+        max_lr: Upper bound of every rate, or None for `rates.ceiling`.
         steps: Number of readings planned, or None.
         noise: Function from an `Information` to the noise of its changes.
 
@@ -31,7 +30,7 @@ class Controller:
         self.rates = rates
         self._policy = policy
         self._reference = reference
-        self._bounds = min_lr, 10.0 * start.max() if max_lr is None else max_lr
+        self._bounds = min_lr, max_lr
         self._steps = steps
         self._noise = noise
         self._start = self._peak = start
@@ -88,7 +87,10 @@ class Controller:
                 "Argument `policy` must return finite rates that are not negative. "
                 f"Received: {rates if len(rates) > 1 else rates[0]} for {reading}"
             )
-        return np.clip(rates, *self._bounds)
+        low, high = self._bounds
+        return np.clip(
+            rates, low, self.rates.ceiling(self._start) if high is None else high
+        )
 
     def act(self, reading) -> np.ndarray | None:
         """Sets the rates that the policy decides on; None where nothing changes."""

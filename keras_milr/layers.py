@@ -8,6 +8,12 @@ import keras
 from keras_milr import _keras, backend
 from keras_milr.names import owner_paths, resolve, short_names
 
+_READ_AS_ONE = (
+    keras.layers.RNN,
+    keras.layers.Wrapper,
+    keras.layers.Bidirectional,  # Not a `Wrapper`.
+)
+
 
 class Group(NamedTuple):
     """Layers that share a rate, and are read as one.
@@ -41,47 +47,66 @@ def choose(model, layers) -> list[Group]:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a pattern that means no layer with trainable weights, or a layer
-            in two groups.
+        ValueError: for a pattern that means no layer with trainable weights, a layer in
+            two groups, or a group whose layers are all named in others.
     """
     units = _units(model)
-    names = short_names([unit.name for unit in units])
+    paths = [unit.name for unit in units]
+    units = [
+        unit._replace(name=name)
+        for unit, name in zip(units, short_names(paths), strict=True)
+    ]
     if isinstance(layers, str) and layers == "all":
-        return [u._replace(name=n) for u, n in zip(units, names, strict=True)]
-    grouped = isinstance(layers, dict)
-    patterns = {}
-    for name, those in layers.items() if grouped else [(None, layers)]:
-        those = [those] if isinstance(those, str) else those
-        if not isinstance(those, (list, tuple)) or not those:
-            raise TypeError(
-                "Argument `layers` must be 'all', a name or regular expression, a list "
-                "of them, or a dict from the name of a group to these. "
-                f"Received: layers={layers!r}"
+        return units
+    patterns = _patterns(layers)
+    _check_trainable(model, units, patterns)
+    found = resolve(patterns, paths, "layers")
+    if not isinstance(layers, dict):
+        return [u for u, name in zip(units, found, strict=True) if name is not None]
+    groups = {name: Group(name, [], []) for name in layers}
+    for unit, name in zip(units, found, strict=True):
+        if name is not None:
+            groups[name].layers.extend(unit.layers)
+            groups[name].variables.extend(unit.variables)
+    for group in groups.values():
+        if not group.layers:
+            raise ValueError(
+                "Argument `layers` must have a layer in each group. Received: "
+                f"{group.name!r}, whose layers are named in other groups"
             )
+    return list(groups.values())
+
+
+def _patterns(layers) -> dict:
+    """The patterns in an argument `layers`, each with the name of its group, or "".
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a pattern in two groups.
+    """
+    patterns = {}
+    for name, those in (layers if isinstance(layers, dict) else {"": layers}).items():
+        those = [those] if isinstance(those, str) else those
+        listed = isinstance(those, (list, tuple)) and len(those) > 0
+        if not listed or not all(isinstance(p, str) for p in (name, *those)):
+            raise TypeError(_expected(layers))
         for pattern in those:
             if patterns.setdefault(pattern, name) != name:
                 raise ValueError(
                     "Argument `layers` must name a layer in one group only. "
                     f"Received: {pattern!r} in {patterns[pattern]!r} and {name!r}"
                 )
-    _check_trainable(model, units, patterns)
-    found = resolve(
-        {pattern: (name,) for pattern, name in patterns.items()},
-        [unit.name for unit in units],
-        "layers",
+    if not patterns:
+        raise TypeError(_expected(layers))
+    return patterns
+
+
+def _expected(layers):
+    return (
+        "Argument `layers` must be 'all', a name or regular expression, a list of "
+        "them, or a dict from the name of a group to these. "
+        f"Received: layers={layers!r}"
     )
-    if not grouped:
-        return [
-            unit._replace(name=name)
-            for unit, name, chosen in zip(units, names, found, strict=True)
-            if chosen
-        ]
-    groups = {name: Group(name, [], []) for name in layers}
-    for unit, chosen in zip(units, found, strict=True):
-        if chosen:
-            groups[chosen[0]].layers.extend(unit.layers)
-            groups[chosen[0]].variables.extend(unit.variables)
-    return list(groups.values())
 
 
 @contextlib.contextmanager
@@ -89,8 +114,8 @@ def recorded(groups):
     """Records what the groups' layers put out, while a forward pass is traced.
 
     Yields:
-        A function that gives, for each group, the outputs of all calls of its last
-        layer: a list of tensors.
+        A function of the number of samples that gives, for each group, what all calls
+        of its last layer put out for each sample: a list of tensors.
     """
     layers = {id(layer): layer for group in groups for layer in group.layers}
     calls = []  # In their order: layer and outputs.
@@ -105,7 +130,7 @@ def recorded(groups):
 
         return record
 
-    def outputs():
+    def outputs(samples):
         found = []
         for group in groups:
             here = {id(layer) for layer in group.layers}
@@ -117,11 +142,12 @@ def recorded(groups):
                 )
             last = own[-1][0]
             tensors = keras.tree.flatten([out for layer, out in own if layer is last])
-            tensors = [t for t in tensors if keras.backend.is_float_dtype(t.dtype)]
+            tensors = [t for t in tensors if _is_of_samples(t, samples)]
             if not tensors or not all(map(backend.is_in_reach, tensors)):
                 raise ValueError(
-                    f"The layer {last.name!r} cannot be read: it puts out no numbers, "
-                    "or does so inside a loop. Name the layer around it instead. "
+                    f"The layer {last.name!r} cannot be read: it puts out no numbers "
+                    "for each sample, or does so inside a loop. Leave it out, or put "
+                    "it in a group with a layer that is called later. "
                     f"Received: {group.name!r} in `layers`"
                 )
             found.append(tensors)
@@ -136,6 +162,15 @@ def recorded(groups):
         yield outputs
 
 
+def _is_of_samples(output, samples):
+    """Whether it is read: a layer may also put out None, integers, a loss."""
+    return (
+        keras.ops.is_tensor(output)
+        and keras.backend.is_float_dtype(output.dtype)
+        and tuple(output.shape[:1]) in ((samples,), (None,))
+    )
+
+
 def _restore(layer, call):
     if call is None:
         del layer.__dict__["call"]
@@ -144,28 +179,32 @@ def _restore(layer, call):
 
 
 def _units(model) -> list[Group]:
-    """The layers that can be read and have trainable weights, named by their path."""
+    """The layers that can be read and have trainable weights, named by their path.
+
+    A variable that several layers use belongs to the first of them.
+    """
     paths, owners = owner_paths(model.trainable_variables)
     path_of = {
         id(variable): paths[owner]
         for variable, owner in zip(model.trainable_variables, owners, strict=True)
     }
-    units, seen = [], set()
+    units, seen, number = [], set(), {}
 
     def visit(layer):
         if id(layer) in seen:
             return
         seen.add(id(layer))
         inner = [x for x in _keras.sublayers(layer) if x.trainable_variables]
-        if isinstance(layer, (keras.layers.RNN, keras.layers.Wrapper)):
+        if isinstance(layer, _READ_AS_ONE):
             inner = []
         for sublayer in inner:
             visit(sublayer)
-        below = {id(v) for sublayer in inner for v in sublayer.trainable_variables}
-        own = [v for v in layer.trainable_variables if id(v) not in below]
-        own = [v for v in own if id(v) in path_of]
+        own = [v for v in layer.trainable_variables if id(v) in path_of]
         if own:
-            path = _common([path_of[id(v)] for v in own])
+            path = _common([path_of.pop(id(v)) for v in own])
+            number[path] = number.get(path, 0) + 1
+            if number[path] > 1:
+                path = f"{path}#{number[path]}"
             units.append(Group(path, [layer], own))
 
     visit(model)

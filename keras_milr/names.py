@@ -24,11 +24,14 @@ def owner_paths(variables) -> tuple[list[str], list[int]]:
         whose path occurred before belongs to another layer of the same name, whose path
         gets a number: `"dense"`, `"dense#2"`.
     """
-    paths, owners, seen = {}, [], {}
+    paths, owners, seen, numbers = {}, [], {}, {}
     for variable in variables:
         path, _, name = variable.path.rpartition("/")
-        seen[variable.path] = number = seen.get(variable.path, 0) + 1
+        seen[variable.path] = seen.get(variable.path, 0) + 1
         path = path or name  # A weight of the model itself.
+        # A layer's variables stand together, and the first layer may lack some.
+        number = max(seen[variable.path], numbers.get(path, 1))
+        numbers[path] = number
         if number > 1:
             path = f"{path}#{number}"
         owners.append(paths.setdefault(path, len(paths)))
@@ -66,7 +69,7 @@ def resolve(values: dict, paths: list[str], argument: str) -> list:
     names = short_names(paths)
     given = [{} for _ in paths]
     for pattern, value in values.items():
-        found = [i for i in range(len(paths)) if _means(pattern, paths[i], argument)]
+        found = _meant(pattern, paths, argument)
         if not found:
             raise ValueError(
                 f"Argument `{argument}` names no layer with {pattern!r}. Use a name "
@@ -95,23 +98,34 @@ def _ends(path):
     return ["/".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _means(pattern, path, argument):
+def _runs(path):
+    parts = path.split("/")
+    return [
+        "/".join(parts[i:j])
+        for i in range(len(parts))
+        for j in range(i + 1, len(parts) + 1)
+    ]
+
+
+def _meant(pattern, paths, argument):
+    """Indices of the layers that a pattern means."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"Argument `{argument}` must name layers with strings. "
             f"Received: {pattern!r} of type {type(pattern).__name__}"
         )
+    runs = [_runs(path) for path in paths]
+    found = {i for i, of_one in enumerate(runs) if pattern in of_one}
     try:
         expression = re.compile(pattern)
     except re.error as error:
+        if found:  # A name need not be a regular expression.
+            return sorted(found)
         raise ValueError(
             f"Argument `{argument}` must name layers with names or regular "
             f"expressions. Received: {pattern!r}, which is none: {error}"
         ) from error
-    parts = path.split("/")
-    runs = (
-        "/".join(parts[i:j])
-        for i in range(len(parts))
-        for j in range(i + 1, len(parts) + 1)
-    )
-    return any(run == pattern or expression.fullmatch(run) for run in runs)
+    found |= {
+        i for i, of_one in enumerate(runs) if any(map(expression.fullmatch, of_one))
+    }
+    return sorted(found)

@@ -319,11 +319,13 @@ class Probe:
         self.num_classes = targets.num_classes(sample.num_units)
         self._sample = sample
         self._batches = _equal_batches(sample, _fixed_batch_size(model))
+        self._groups = list(groups)
 
         def step(forward, state, x, class_ids, weight):
             with layers.recorded(groups) as activations:
                 (outputs,) = keras.tree.flatten(forward(x))
-                features = [layer_readout.features(a) for a in activations()]
+                recorded = activations(class_ids.shape[0])
+                features = [layer_readout.features(a) for a in recorded]
             return readout.update(state, outputs, class_ids, weight), features
 
         self._step = backend.compile_step(model, step)
@@ -337,14 +339,24 @@ class Probe:
         for batch in self._batches:
             state, features = self._step(state, *batch)
             parts.append(features)
+        by_group = zip(*parts, strict=True)
         return self.readout.finish(state), [
-            self._read(list(features)) for features in zip(*parts, strict=True)
+            self._read(group.name, features)
+            for group, features in zip(self._groups, by_group, strict=True)
         ]
 
-    def _read(self, features) -> Information:
+    def _read(self, name, features) -> Information:
         ids, weight = self._sample.class_ids, self._sample.sample_weight
-        features = keras.ops.concatenate(features, axis=0)[: len(ids)]
-        return self.layer_readout.read(features, ids, self.num_classes, weight)
+        rows = sum(len(class_ids) for _, class_ids, _ in self._batches)
+        features = keras.ops.concatenate(features, axis=0)
+        if features.shape[0] != rows:  # Not known before, where a shape is dynamic.
+            raise ValueError(
+                "A layer to be read must put out numbers for each sample. Received: "
+                f"{name!r} in `layers`, with {features.shape[0]} rows for {rows}"
+            )
+        return self.layer_readout.read(
+            features[: len(ids)], ids, self.num_classes, weight
+        )
 
 
 def _fixed_batch_size(model) -> int | None:

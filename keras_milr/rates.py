@@ -33,6 +33,10 @@ class NetworkRate:
     def set(self, rates: np.ndarray):
         self._model.optimizer.learning_rate = float(rates[0])
 
+    def ceiling(self, start: np.ndarray) -> float:
+        """Upper bound, where none is given, after the rates at the start."""
+        return 10.0 * start.max()
+
 
 class LayerRates:
     """The learning rates of groups of layers: base × multiplier.
@@ -55,13 +59,22 @@ class LayerRates:
         optimizer = self._optimizer()
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self.groups, self._shares = [], []
+        self.groups, self._shares, self._highest = [], [], 0.0
+        multipliers = optimizer.multipliers
         for group in choose(model, layers):
-            members = {optimizer.layer_of(variable) for variable in group.variables}
-            start = {name: optimizer.multipliers[name] for name in members}
+            try:
+                members = {optimizer.layer_of(variable) for variable in group.variables}
+            except KeyError as error:
+                raise ValueError(
+                    "Argument `layers` must name layers that the optimizer trains: "
+                    "compile again after a change of `trainable`. "
+                    f"Received: {group.name!r}, which it does not know"
+                ) from error
+            start = {name: multipliers[name] for name in members}
             highest = max(start.values())
             if highest > 0:
                 self.groups.append(group)
+                self._highest = max(self._highest, highest)
                 self._shares.append({k: v / highest for k, v in start.items()})
             elif layers != "all":
                 raise ValueError(
@@ -84,13 +97,17 @@ class LayerRates:
         base = base_rate(self._model)
         if base == 0:  # A warm-up that begins there: any multiplier will do.
             return
-        self._optimizer().set_multipliers(
-            {
-                name: float(rate / base * share)
-                for rate, shares in zip(rates, self._shares, strict=True)
-                for name, share in shares.items()
-            }
-        )
+        optimizer = self._optimizer()
+        # All of them: a name alone may also mean what is below a layer.
+        multipliers = optimizer.multipliers
+        for rate, shares in zip(rates, self._shares, strict=True):
+            for name, share in shares.items():
+                multipliers[name] = float(rate / base * share)
+        optimizer.set_multipliers(multipliers)
+
+    def ceiling(self, start: np.ndarray) -> float:
+        """As of a `NetworkRate`, but it moves with the base, which others warm up."""
+        return 10.0 * base_rate(self._model) * self._highest
 
     def _optimizer(self):
         optimizer = self._model.optimizer

@@ -33,8 +33,16 @@ def test_layers_of_one_path_are_told_apart():
     assert owners == [0, 0, 1, 1, 2]
 
 
+def test_a_bias_stays_with_its_kernel():
+    """Where the first of two layers of one path has none."""
+    variables = [Owned(p) for p in ("d/kernel", "d/kernel", "d/bias", "d/kernel")]
+    paths, owners = names.owner_paths(variables)
+    assert paths == ["d", "d#2", "d#3"]
+    assert owners == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize(
-    ("paths", "names"),
+    ("paths", "shown"),
     [
         (PATHS, ["enc/dense", "dense_1", "dec/dense", "head"]),
         (["a/b", "x/a/b"], ["a/b", "x/a/b"]),  # The first is an end of the second.
@@ -43,8 +51,8 @@ def test_layers_of_one_path_are_told_apart():
         ([], []),
     ],
 )
-def test_short_names(paths, names):
-    assert names.short_names(paths) == names
+def test_short_names(paths, shown):
+    assert names.short_names(paths) == shown
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,11 @@ def test_what_a_pattern_means(pattern, found):
 
 def test_names_with_special_characters():
     assert names.resolve({"conv+relu": 1}, ["m/conv+relu", "m/x"], "a") == [1, None]
+
+
+@pytest.mark.parametrize("name", ["block(1", "*", "a[0", "\\"])
+def test_a_name_need_not_be_a_regular_expression(name):
+    assert names.resolve({name: 1}, [f"m/{name}", "m/x"], "a") == [1, None]
 
 
 def test_the_shown_name_of_a_layer_goes_before_patterns():

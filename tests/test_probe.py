@@ -4,8 +4,8 @@ import pytest
 import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
-from keras_milr import probe
-from keras_milr.readouts import Predictions
+from keras_milr import layers, probe
+from keras_milr.readouts import LinearReadout, Predictions, UnitHistogram
 
 
 def make_model(features=64, classes=10, **compile_arguments):
@@ -328,6 +328,211 @@ class TestProbe:
         for model in (two, image):
             with pytest.raises(ValueError, match=r"one output of shape \(n, units\)"):
                 probe.num_output_units(model, np.zeros((1, 64), "float32"))
+
+
+def make_cnn(**compile_arguments):
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Reshape((8, 8, 1)),
+            keras.layers.Conv2D(8, 3, activation="relu", name="conv"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(16, activation="relu", name="dense"),
+            keras.layers.Dense(10, activation="softmax", name="out"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", **compile_arguments)
+    return model
+
+
+class Block(keras.layers.Layer):
+    def __init__(self, units):
+        super().__init__()
+        self.inner = keras.layers.Dense(units, activation="relu", name="inner")
+
+    def call(self, x):
+        return self.inner(x)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.block = Block(16)
+        self.drop = keras.layers.Dropout(0.5)
+        self.out = keras.layers.Dense(10, activation="softmax", name="out")
+
+    def call(self, x, training=False):
+        return self.out(self.drop(self.block(x), training=training))
+
+
+def layer_probe(model, data, chosen="all", readout=None, size=10_000):
+    sample = probe.draw_sample(data, model, size)
+    groups = layers.choose(model, chosen)
+    return probe.Probe(model, sample, Predictions(), groups, readout or LinearReadout())
+
+
+def assert_same(info, expected):
+    np.testing.assert_allclose(info[:-1], expected[:-1], atol=1e-4)
+    assert info.estimator == expected.estimator
+
+
+class TestLayers:
+    @pytest.mark.parametrize("how", ["compiled", "jit_compile", "run_eagerly"])
+    @pytest.mark.parametrize("readout", [LinearReadout(sketch=32), UnitHistogram()])
+    def test_a_layer_reads_as_its_predictions_do(self, digits, how, readout):
+        """Images beyond the sketch, a padded last batch, dropout that is off."""
+        x, y = digits[0][:603], digits[1][:603]
+        model = make_cnn(jit_compile=False)
+        model.fit(x, y, epochs=1, batch_size=128, verbose=0)
+        if how != "compiled":
+            model.compile("adam", model.loss, **{how: True})
+        output, found = layer_probe(model, (x, y), readout=readout).measure()
+        for name, info in zip(("conv", "norm", "dense", "out"), found, strict=True):
+            layer = model.get_layer(name).output
+            activations = keras.Model(model.inputs[0], layer).predict(x, verbose=0)
+            assert_same(info, readout.measure(activations, y, 10))
+        (alone, nothing) = probe.Probe(
+            model, probe.draw_sample((x, y), model, 603), Predictions()
+        ).measure()
+        assert_same(output, alone)
+        assert nothing == []
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_a_subclassed_model(self, digits, jit_compile):
+        x, y = digits
+        model = Subclassed()
+        model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+        model.fit(*digits, epochs=1, verbose=0)
+        model.jit_compile = jit_compile
+        chosen = {"block": "inner", "out": "out"}
+        _, found = layer_probe(model, digits, chosen).measure()
+        hidden = model.block(x)
+        assert_same(found[0], LinearReadout().measure(hidden, y, 10))
+        assert_same(found[1], LinearReadout().measure(model.out(hidden), y, 10))
+
+    def test_a_nested_model(self, digits):
+        x, y = digits
+        encoder = make_model()
+        model = keras.Sequential([encoder, keras.layers.Dense(10, name="out")])
+        model.build((None, 64))
+        model.compile("adam", "sparse_categorical_crossentropy")
+        group = layers.choose(model, "all")[0]
+        assert group.layers == [encoder.layers[0]]
+        _, found = layer_probe(model, digits).measure()
+        hidden = keras.Model(encoder.inputs[0], encoder.layers[0].output)(x)
+        assert_same(found[0], LinearReadout().measure(hidden, y, 10))
+
+    def test_weights_of_the_samples(self, digits):
+        x, y = digits[0][:500], digits[1][:500]
+        weight = np.where(np.arange(500) < 300, 1.0, 0.0).astype("float32")
+        model = make_cnn()
+        _, found = layer_probe(model, (x, y, weight)).measure()
+        activations = keras.Model(
+            model.inputs[0], model.get_layer("conv").output
+        ).predict(x, verbose=0)
+        assert_same(found[0], LinearReadout().measure(activations[:300], y[:300], 10))
+
+    @pytest.mark.parametrize("jit_compile", [False, True])
+    def test_leaves_the_model_as_it_was(self, digits, jit_compile):
+        class Noisy(keras.layers.Layer):
+            """Draws random numbers and counts its calls, at inference too."""
+
+            def build(self, shape):
+                self.seed = keras.random.SeedGenerator(1)
+                self.scale = self.add_weight(shape=(1,), initializer="ones")
+                self.calls = self.add_weight(shape=(), trainable=False)
+
+            def call(self, x):
+                self.calls.assign_add(1.0)
+                shape = keras.ops.shape(x)
+                return x + self.scale * keras.random.normal(shape, seed=self.seed)
+
+        model = keras.Sequential([keras.Input((64,)), Noisy(), *make_cnn().layers])
+        model.compile(
+            "adam",
+            "sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            jit_compile=False,
+        )
+        model.fit(*digits, epochs=1, batch_size=128, verbose=0)
+        model.jit_compile = jit_compile
+        before = state_of(model)
+        layer_probe(model, digits, size=500).measure()
+        for old, new in zip(before, state_of(model), strict=True):
+            np.testing.assert_array_equal(old, new)
+        assert not any("call" in layer.__dict__ for layer in model.layers)
+
+    def test_one_trace_for_all_readings(self, digits):
+        traces = []
+
+        class Traced(keras.layers.Layer):
+            def call(self, x):
+                traces.append(1)
+                return x
+
+        class Counted(LinearReadout):
+            def features(self, activations):
+                traces.append(2)
+                return super().features(activations)
+
+        model = keras.Sequential([keras.Input((64,)), Traced(), *make_cnn().layers])
+        model.compile("adam", "sparse_categorical_crossentropy")
+        measuring = layer_probe(model, digits, readout=Counted(), size=700)
+        traces.clear()
+        first = measuring.measure()[1][-1]
+        assert traces == [1, 2, 2, 2, 2]
+        for _ in range(2):
+            model.fit(*digits, epochs=1, verbose=0)
+            traces.clear()
+            last = measuring.measure()[1][-1]
+            assert not traces
+        assert last.accessible > first.accessible + 0.1  # The later weights.
+
+    def test_mixed_precision(self, digits):
+        x, y = digits
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            model = make_cnn()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        _, found = layer_probe(model, digits).measure()
+        layer = keras.Model(model.inputs[0], model.get_layer("conv").output)
+        expected = LinearReadout().measure(layer(x), y, 10)
+        assert found[0].value == pytest.approx(expected.value, abs=0.05)
+
+    def test_a_layer_with_other_rows_than_the_samples(self, digits):
+        """Seen late, where the graph does not know how many there are."""
+
+        class Dark(keras.layers.Layer):
+            def build(self, shape):
+                self.scale = self.add_weight(shape=(1,))
+
+            def call(self, x):
+                return self.scale * tf.boolean_mask(x, x[:, 20] < 0.5)
+
+        class Model(Subclassed):
+            def __init__(self):
+                super().__init__()
+                self.dark = Dark(name="dark")
+
+            def call(self, x, training=False):
+                return super().call(x, training) + 0 * keras.ops.mean(self.dark(x))
+
+        model = Model()
+        model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+        model(digits[0][:100])
+        with pytest.raises(ValueError, match=r"for each sample. Received: 'dark'"):
+            layer_probe(model, digits, "dark").measure()
+
+    def test_a_layer_that_cannot_be_read(self, digits):
+        model = Subclassed()
+        model.unused = keras.layers.Dense(3, name="unused")
+        model.unused.build((None, 3))
+        model.compile("adam", "sparse_categorical_crossentropy")
+        with pytest.raises(ValueError, match="not called by the model"):
+            layer_probe(model, digits, "unused").measure()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ def is_symbolic(x):
 
 
 def is_in_reach(x):
-    return tf.executing_eagerly() or x.graph is tf.compat.v1.get_default_graph()
+    # A model that runs eagerly may have a `tf.function` inside.
+    return not tf.is_symbolic_tensor(x) or x.graph is tf.compat.v1.get_default_graph()
 
 
 def jit(function):

@@ -1,0 +1,270 @@
+"""The rates that a policy reads and sets: of the network, and of groups of layers."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_milr import LayerwiseOptimizer
+from keras_milr.controller import Controller
+from keras_milr.rates import LayerRates, NetworkRate
+from keras_milr.readouts import Information
+
+K = keras.layers
+
+
+def make_model(optimizer, names=("a", "b", "c")):
+    model = keras.Sequential(
+        [keras.Input((4,)), *(K.Dense(4, name=name) for name in names)], name="m"
+    )
+    model.compile(optimizer, "mse")
+    return model
+
+
+def layerwise(rate=0.01, multipliers=None, inner=keras.optimizers.SGD):
+    return LayerwiseOptimizer(inner(rate), multipliers=multipliers)
+
+
+def fit(model, callbacks=(), epochs=1, **arguments):
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    return model.fit(
+        *(x, x[:, ::-1]),
+        **{"epochs": epochs, "callbacks": list(callbacks), "verbose": 0} | arguments,
+    )
+
+
+class TestNetworkRate:
+    def test_get_and_set(self):
+        model = make_model(keras.optimizers.SGD(0.25))
+        rates = NetworkRate(model)
+        assert rates.names is None
+        np.testing.assert_array_equal(rates.get(), [0.25])
+        rates.set(np.array([0.125]))
+        assert float(model.optimizer.learning_rate) == 0.125
+        model.optimizer.learning_rate = 0.5
+        np.testing.assert_array_equal(rates.get(), [0.5])
+
+    def test_the_base_of_a_layerwise_optimizer(self):
+        model = make_model(layerwise(0.25, {"a": 0.5}))
+        model.optimizer.build(model.trainable_variables)
+        NetworkRate(model).set(np.array([0.125]))
+        assert float(model.optimizer.learning_rate) == 0.125
+        assert model.optimizer.multipliers == {"a": 0.5, "b": 1, "c": 1}
+
+    def test_a_schedule_cannot_be_set(self):
+        schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+        model = make_model(keras.optimizers.SGD(schedule))
+        with pytest.raises(ValueError, match="LearningRateSchedule"):
+            NetworkRate(model)
+
+
+class TestLayerRates:
+    @pytest.mark.parametrize("layers", ["all", ["a", "b", "c"], "a|b|c"])
+    def test_get_and_set(self, layers):
+        model = make_model(layerwise(0.01, {"a": 0.5, "b": 2}))
+        rates = LayerRates(model, layers)
+        assert rates.names == ["a", "b", "c"]
+        np.testing.assert_allclose(rates.get(), [0.005, 0.02, 0.01], rtol=1e-6)
+        rates.set(np.array([0.03, 0.02, 0.0]))
+        multipliers = model.optimizer.multipliers
+        np.testing.assert_allclose(list(multipliers.values()), [3, 2, 0], rtol=1e-6)
+        np.testing.assert_allclose(rates.get(), [0.03, 0.02, 0.0], rtol=1e-6)
+        assert float(model.optimizer.learning_rate) == np.float32(0.01)
+
+    def test_setting_what_was_read_changes_no_bit(self):
+        rng = np.random.default_rng(0)
+        multipliers = dict(zip("abc", rng.uniform(0.1, 3, 3).tolist(), strict=True))
+        model = make_model(layerwise(0.0123, multipliers))
+        for layers in ("all", {"x": ["a", "b"], "y": "c"}):
+            rates = LayerRates(model, layers)
+            before = model.optimizer.multipliers
+            rates.set(rates.get())
+            assert model.optimizer.multipliers == before
+
+    def test_layers_that_are_not_chosen_keep_theirs(self):
+        model = make_model(layerwise(0.01, {"a": 0.5, "b": 2}))
+        rates = LayerRates(model, "c")
+        rates.set(np.array([0.1]))
+        multipliers = model.optimizer.multipliers
+        assert (multipliers["a"], multipliers["b"]) == (0.5, 2)
+        assert multipliers["c"] == pytest.approx(10)
+
+    def test_a_layer_below_one_of_the_same_name_keeps_its_own(self):
+        """As a pattern, the name `x` means the block `x` too."""
+        block = keras.Sequential([keras.Input((4,)), K.Dense(4, name="y")], name="x")
+        outer = keras.Sequential([keras.Input((4,)), block], name="outer")
+        model = keras.Sequential([keras.Input((4,)), K.Dense(4, name="x"), outer])
+        model.compile(layerwise(0.01, {"y": 0}), "mse")
+        rates = LayerRates(model, "all")
+        assert len(rates.names) == 1
+        rates.set(np.array([0.03]))
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [3, 0], rtol=1e-6)
+
+    def test_names_that_are_no_regular_expressions(self):
+        model = make_model(layerwise(0.01), names=("a(1", "*", "c.d", "cxd"))
+        rates = LayerRates(model, "all")
+        rates.set(np.array([0.01, 0.02, 0.03, 0.04]))
+        values = model.optimizer.multipliers
+        np.testing.assert_allclose(list(values.values()), [1, 2, 3, 4], rtol=1e-6)
+
+    def test_a_group_keeps_the_ratios_of_its_multipliers(self):
+        model = make_model(layerwise(0.01, {"a": 0.5, "b": 2}))
+        rates = LayerRates(model, {"low": ["a", "b"], "top": "c"})
+        assert rates.names == ["low", "top"]
+        np.testing.assert_allclose(rates.get(), [0.02, 0.01], rtol=1e-6)  # The highest.
+        rates.set(np.array([0.08, 0.03]))
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [2, 8, 3], rtol=1e-6)
+        rates.set(np.array([0.0, 0.03]))
+        rates.set(np.array([0.04, 0.03]))  # Back from 0, too.
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [1, 4, 3], rtol=1e-6)
+
+    def test_all_leaves_out_what_is_frozen(self):
+        model = make_model(layerwise(0.01, {"b": 0}))
+        rates = LayerRates(model, "all")
+        assert rates.names == ["a", "c"]
+        assert [g.name for g in rates.groups] == ["a", "c"]
+        rates.set(np.array([0.02, 0.03]))
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [2, 0, 3], rtol=1e-6)
+
+    def test_a_frozen_layer_of_a_group_stays_so(self):
+        model = make_model(layerwise(0.01, {"b": 0}))
+        LayerRates(model, {"x": ["a", "b"]}).set(np.array([0.05]))
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [5, 0, 1], rtol=1e-6)
+
+    @pytest.mark.parametrize("layers", ["b", ["a", "b"], {"g": "b"}])
+    def test_what_is_frozen_is_refused_by_name(self, layers):
+        model = make_model(layerwise(0.01, {"b": 0}))
+        name = "g" if isinstance(layers, dict) else "b"
+        with pytest.raises(ValueError, match=f"'{name}', which has a multiplier of 0"):
+            LayerRates(model, layers)
+
+    def test_nothing_to_train(self):
+        model = make_model(layerwise(0.01, {".*": 0}))
+        message = "found nothing to train. Received: layers='all' for model 'm'"
+        with pytest.raises(ValueError, match=message):
+            LayerRates(model, "all")
+
+    def test_a_layer_unfrozen_since_the_optimizer_was_built(self):
+        model = make_model(layerwise())
+        model.layers[0].trainable = False
+        model.optimizer.build(model.trainable_variables)
+        model.layers[0].trainable = True
+        with pytest.raises(ValueError, match=r"compile again.*Received: 'a'"):
+            LayerRates(model, "all")
+        assert LayerRates(model, ["b", "c"]).names == ["b", "c"]
+
+    @pytest.mark.parametrize("inner", ["SGD", "AdamW"])
+    def test_without_the_wrapper_the_message_shows_the_line_to_change(self, inner):
+        model = make_model(inner.lower())
+        message = (
+            r"`layers` needs an optimizer with a rate for each layer.*"
+            r"model.compile\(keras_milr.LayerwiseOptimizer\("
+            rf"keras.optimizers.{inner}\(\.\.\.\)\).*Received: {inner}"
+        )
+        with pytest.raises(ValueError, match=message):
+            LayerRates(model, "all")
+
+    def test_under_a_loss_scale_optimizer(self):
+        inner = layerwise(0.01, {"a": 0.5})
+        model = make_model(keras.optimizers.LossScaleOptimizer(inner))
+        rates = LayerRates(model, "all")
+        np.testing.assert_allclose(rates.get(), [0.005, 0.01, 0.01], rtol=1e-6)
+        rates.set(np.array([0.02, 0.03, 0.04]))
+        np.testing.assert_allclose(list(inner.multipliers.values()), [2, 3, 4], 1e-6)
+        fit(model)
+        assert rates.get()[0] == pytest.approx(0.02)
+        plain = make_model(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
+        with pytest.raises(ValueError, match="Received: SGD"):
+            LayerRates(plain, "all")
+
+    def test_a_base_that_others_set(self):
+        model = make_model(layerwise(0.01, {"a": 0.5}))
+        rates = LayerRates(model, "all")
+        seen = []
+        scheduler = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / 2**epoch)
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: seen.append(rates.get())
+        )
+        fit(model, [scheduler, look], epochs=3)
+        expected = np.outer([0.1, 0.05, 0.025], [0.5, 1, 1])
+        np.testing.assert_allclose(seen, expected, rtol=1e-6)
+        rates.set(np.array([0.1, 0.2, 0.3]))
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.025)
+        np.testing.assert_allclose(rates.get(), [0.1, 0.2, 0.3], rtol=1e-6)
+
+    def test_a_schedule_inside(self):
+        schedule = keras.optimizers.schedules.ExponentialDecay(
+            0.1, 2, 0.5, staircase=True
+        )
+        model = make_model(layerwise(schedule, {"a": 0.5}))
+        rates = LayerRates(model, "all")
+        np.testing.assert_allclose(rates.get(), [0.05, 0.1, 0.1], rtol=1e-6)
+        fit(model)  # Two batches.
+        np.testing.assert_allclose(rates.get(), [0.025, 0.05, 0.05], rtol=1e-6)
+        rates.set(np.array([0.05, 0.1, 0.2]))
+        fit(model)
+        np.testing.assert_allclose(rates.get(), [0.025, 0.05, 0.1], rtol=1e-6)
+
+    def test_a_base_of_0(self):
+        model = make_model(layerwise(0.01, {"a": 0.5}))
+        rates = LayerRates(model, "all")
+        model.optimizer.learning_rate = 0.0
+        np.testing.assert_array_equal(rates.get(), [0, 0, 0])
+        rates.set(np.array([1.0, 1.0, 1.0]))
+        assert model.optimizer.multipliers == {"a": 0.5, "b": 1, "c": 1}
+
+
+def controller(rates, policy, min_lr=0.0, max_lr=None):
+    return Controller(rates, policy, None, min_lr, max_lr, 10, lambda info: info.noise)
+
+
+def act(control, times=1):
+    info = Information(1.0, 1.0, 2.0, 0.0, 0.01)
+    for _ in range(times):
+        reading = control.read([info] * len(control.rates.get()))
+        control.act(reading)
+
+
+class TestCeiling:
+    def test_of_a_network_ten_times_the_start(self):
+        model = make_model(keras.optimizers.SGD(0.01))
+        control = controller(NetworkRate(model), lambda r: r.rate * 4)
+        act(control, 3)
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
+
+    def test_of_layers_ten_times_the_highest_at_the_start(self):
+        model = make_model(layerwise(0.01, {"a": 2}))
+        control = controller(LayerRates(model, "all"), lambda r: r.rate * 8)
+        act(control, 3)
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [20, 20, 20], rtol=1e-6)
+
+    @pytest.mark.parametrize("start", [0.0, 1e-5])
+    def test_a_warm_up_of_the_base_composes(self, start):
+        """A policy that keeps the rates keeps the multipliers while others warm up."""
+        model = make_model(layerwise(start, {"a": 0.5}))
+        control = controller(LayerRates(model, "all"), lambda r: r.rate)
+        for base in (start, 1e-3, 0.1, 1.0):
+            model.optimizer.learning_rate = base
+            act(control)
+            assert model.optimizer.multipliers == {"a": 0.5, "b": 1, "c": 1}
+
+    def test_a_base_that_decays_lets_no_multiplier_explode(self):
+        model = make_model(layerwise(0.01))
+        control = controller(LayerRates(model, "all"), lambda r: r.rate, min_lr=1e-4)
+        for base in (1e-3, 1e-6, 1e-9):
+            model.optimizer.learning_rate = base
+            act(control)
+            assert max(model.optimizer.multipliers.values()) < 10.001
+
+    def test_a_given_bound_stands(self):
+        model = make_model(layerwise(0.01))
+        control = controller(
+            LayerRates(model, "all"), lambda r: r.rate * [0.1, 1, 1000], 0.005, 0.5
+        )
+        act(control)
+        np.testing.assert_allclose(control.rates.get(), [0.005, 0.01, 0.5], rtol=1e-6)
