@@ -8,9 +8,10 @@ import numpy as np
 from absl import logging
 
 from keras_milr import policies, probe, rates, readouts
-from keras_milr._arguments import check_integer, check_number
+from keras_milr._arguments import check_bool, check_integer, check_number
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
+from keras_milr.rollback import MOST, Rollback
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _LARGEST = float(np.finfo("float32").max)  # of a learning rate
@@ -91,12 +92,20 @@ class MutualInformationLR(keras.callbacks.Callback):
             optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: ten times the rate
-            at the start.
+            at the start; with `layers`, the optimizer's rate times ten times the
+            highest multiplier at the start.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
         update_freq: `"epoch"`, or an integer number of batches from one reading to the
             next. Defaults to `"epoch"`.
+        rollback: Whether to go back to the last good weights and optimizer state, at
+            rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
+            had been known, when the training fails: the loss or the weights are not
+            finite, or, with a probe, the output is worse than the same guess for
+            every sample after it was better, or does not depend on the input any
+            more. Each time warns; after the tenth the training stops. Defaults to
+            `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.
@@ -137,6 +146,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         max_lr=None,
         reference=None,
         update_freq="epoch",
+        rollback=True,
         monitor=None,
         seed=0,
         verbose=0,
@@ -144,6 +154,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         super().__init__()
         check_integer("probe_size", probe_size, at_least=2)
         check_integer("seed", seed, at_least=0)
+        check_bool("rollback", rollback)
         per_epoch = isinstance(update_freq, str) and update_freq == "epoch"
         if not per_epoch:
             check_integer("update_freq", update_freq, at_least=1, or_else="'epoch'")
@@ -197,6 +208,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.max_lr = max_lr
         self.reference = reference
         self.update_freq = update_freq
+        self.rollback = rollback
         self.monitor = monitor
         self.seed = seed
         self.verbose = verbose
@@ -212,7 +224,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.history = []
-        self._controller = None
+        self._controller = self._rollback = None
         if self.learning_rate is not None:
             rates.set_base(self.model, self.learning_rate)
         if self.probe_data is None:
@@ -251,7 +263,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
             self._since_reading = 0
             self._trained = self._rates_now()
-            self._update(mid_epoch=True)
+            self._update(logs, mid_epoch=True)
 
     def on_test_begin(self, logs=None):
         if self._table is not None:
@@ -265,7 +277,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         base, by_layer = self._trained or self._rates_now()
         logs["learning_rate"] = base
         if self.update_freq == "epoch":
-            self._update()
+            self._update(logs)
         if self._probe is None:
             return
         output, infos = self._last
@@ -278,7 +290,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             logs[f"probe_mutual_information/{name}"] = info.value
 
     def on_train_end(self, logs=None):
-        self._probe = self._table = None  # Frees the memory on the device.
+        self._probe = self._table = self._rollback = None  # Frees their memory.
 
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
@@ -303,14 +315,28 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._record(reading, infos)
         # A fault of the policy shows now and not after an epoch.
         self._controller.decide(reading)
+        # A model without weights yet, which only the metric can read, is kept from its
+        # first reading on.
+        if self.rollback and self.model.built:
+            self._rollback = Rollback(self.model)
+            self._rollback.keep(self._output(infos), infos)
 
-    def _update(self, mid_epoch=False):
+    def _update(self, logs, mid_epoch=False):
         """Takes a reading and sets the next rates."""
         infos = self._measure(mid_epoch)
         if infos is None:
             return
         reading = self._controller.read(infos)
         self._record(reading, infos)
+        if self.rollback:
+            if self._rollback is None:
+                self._rollback = Rollback(self.model)
+            loss = float((logs or {}).get("loss", 0.0))
+            failure = self._rollback.failure(self._output(infos), loss)
+            if failure is not None:
+                self._roll_back(reading, failure)
+                return
+            self._rollback.keep(self._output(infos), infos)
         new = self._controller.act(reading)
         if new is not None and self.verbose > 0:
             names = self._rates.names
@@ -322,6 +348,22 @@ class MutualInformationLR(keras.callbacks.Callback):
                 f"\nEpoch {self._epoch + 1}: MutualInformationLR setting learning "
                 f"{what}."
             )
+
+    def _roll_back(self, reading, failure):
+        infos, factor = self._rollback.restore()
+        new = self._controller.roll_back(infos, reading, factor)
+        what = f"learning rate {new.max():.4g}"
+        if self._rollback.count >= MOST:
+            self.model.stop_training = True
+            what = f"the training stops, since this was roll back {MOST}"
+        warnings.warn(
+            f"MutualInformationLR: epoch {self._epoch + 1}, {failure}. Weights and "
+            f"optimizer are back at the last good reading; {what}.",
+            stacklevel=2,
+        )
+
+    def _output(self, infos):
+        return infos[0] if self._probe is None else self._last[0]
 
     def _measure(self, mid_epoch=False):
         """What was found for each rate; None where there is nothing to read yet."""
@@ -409,7 +451,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def get_config(self):
         """The constructor's arguments, except `probe_data`, which is no setting."""
         names = ("probe_size", "layers", "learning_rate", "min_lr", "max_lr")
-        names += ("update_freq", "monitor", "seed", "verbose")
+        names += ("update_freq", "rollback", "monitor", "seed", "verbose")
         objects = ("policy", "readout", "reference")
         serialize = keras.saving.serialize_keras_object
         return {name: getattr(self, name) for name in names} | {

@@ -35,6 +35,7 @@ class Controller:
         self._noise = noise
         self._start = self._peak = start
         self._step = -1
+        self._rollbacks = 0
         self._previous = self._best = None
 
     def read(self, infos) -> Reading:
@@ -60,7 +61,7 @@ class Controller:
             noise=np.array([self._noise(info) for info in infos]),
             step=self._step,
             steps=self._steps,
-            rollbacks=0,
+            rollbacks=self._rollbacks,
         )
         for value in reading:
             if isinstance(value, np.ndarray):
@@ -87,10 +88,7 @@ class Controller:
                 "Argument `policy` must return finite rates that are not negative. "
                 f"Received: {rates if len(rates) > 1 else rates[0]} for {reading}"
             )
-        low, high = self._bounds
-        return np.clip(
-            rates, low, self.rates.ceiling(self._start) if high is None else high
-        )
+        return self._clipped(rates)
 
     def act(self, reading) -> np.ndarray | None:
         """Sets the rates that the policy decides on; None where nothing changes."""
@@ -99,6 +97,28 @@ class Controller:
             return None
         self.rates.set(rates)
         return rates
+
+    def roll_back(self, infos, reading, factor: float) -> np.ndarray:
+        """Lowers the rates after a training that failed, and sets them.
+
+        Args:
+            infos: What was read of the weights that the model was set back to.
+            reading: The reading of the failure.
+            factor: What its rates are multiplied with.
+        """
+        self._rollbacks += 1
+        rates = self._clipped(factor * reading.rate)
+        self.rates.set(rates)
+        self._peak = rates
+        self._previous = np.array([info.accessible for info in infos])
+        self._best = self._previous
+        return rates
+
+    def _clipped(self, rates):
+        low, high = self._bounds
+        return np.clip(
+            rates, low, self.rates.ceiling(self._start) if high is None else high
+        )
 
     def _reference_of(self, info) -> float:
         if self._reference is None:

@@ -91,6 +91,9 @@ class Predictions:
             "surprise_squared": np.zeros((), "float32"),
             # Weight of rows whose finite outputs are no probabilities.
             "improper": np.zeros((), "float32"),
+            # Of each output, over the rows that are finite.
+            "lowest": np.full(num_classes, np.inf, "float32"),
+            "highest": np.full(num_classes, -np.inf, "float32"),
         }
 
     def update(self, state: dict, outputs, class_ids, sample_weight=None) -> dict:
@@ -135,7 +138,13 @@ class Predictions:
             "surprise_squared": ops.sum(sample_weight * surprise**2),
             "improper": ops.sum(improper),
         }
-        return {name: state[name] + value for name, value in sums.items()}
+        seen = (finite & (sample_weight > 0))[:, None]
+        low = ops.min(ops.where(seen, outputs, np.inf), axis=0)
+        high = ops.max(ops.where(seen, outputs, -np.inf), axis=0)
+        return {name: state[name] + value for name, value in sums.items()} | {
+            "lowest": ops.minimum(state["lowest"], low),
+            "highest": ops.maximum(state["highest"], high),
+        }
 
     def finish(self, state: dict) -> Information:
         """The information in the batches that `state` has seen."""
@@ -145,16 +154,21 @@ class Predictions:
         }
         counts = state["counts"]
         total = counts.sum()
-        bound = bound_stderr = float("nan")
+        bound = bound_stderr = cross_entropy = variation = float("nan")
+        if np.all(state["lowest"] <= state["highest"]):
+            variation = float(np.max(state["highest"] - state["lowest"]))
         if total > 0 and state["improper"] == 0:
             # H(Y) − CE is the mean over samples of log p(label | x) − log p(label).
             labels = counts.sum(axis=0)
             prior = -np.log(np.where(labels > 0, labels, total) / total)
-            bound = (prior @ labels - state["surprise"].sum()) / total
+            cross_entropy = float(state["surprise"].sum() / total)
+            bound = prior @ labels / total - cross_entropy
             square = prior**2 @ labels - 2 * prior @ state["surprise"]
             square = (square + state["surprise_squared"]) / total
             bound_stderr = np.sqrt(max(square - bound**2, 0.0) / total)
-        return from_counts(counts, bound, bound_stderr)
+        return from_counts(counts, bound, bound_stderr)._replace(
+            cross_entropy=cross_entropy, variation=variation
+        )
 
     def measure(self, outputs, class_ids, num_classes: int) -> Information:
         """Reads all samples at once: `init`, one `update`, `finish`.

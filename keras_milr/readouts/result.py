@@ -22,6 +22,10 @@ class Information(NamedTuple):
             outputs are not probabilities.
         bound_stderr: Standard error of `bound`.
         estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`.
+        cross_entropy: CE of the labels, which has no upper bound. NaN where the
+            outputs are not probabilities.
+        variation: Largest difference between samples in any output; at 0 the outputs
+            do not depend on the input. NaN where it was not measured.
     """
 
     value: float
@@ -32,6 +36,8 @@ class Information(NamedTuple):
     bound: float = float("nan")
     bound_stderr: float = float("nan")
     estimator: str = "counts"
+    cross_entropy: float = float("nan")
+    variation: float = float("nan")
 
     @property
     def accessible(self) -> float:

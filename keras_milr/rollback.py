@@ -1,0 +1,139 @@
+"""Back to the last good weights, when a training fails."""
+
+import math
+
+import keras
+
+MOST = 10  # roll backs of one training
+_NEGLIGIBLE = 0.02  # share of H(Y)
+_SAME = 1e-6  # outputs that differ by less are the same
+
+
+class Rollback:
+    """Keeps the weights of the last good reading, and says when to go back to them.
+
+    Two copies of the weights and of the optimizer's state are held in the host's
+    memory: those of the start, until half of H(Y) is known, and those of the last
+    good reading.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._first = self._best = None  # `Information` at the output.
+        self._start = self._good = (
+            None  # What was read, and the weights it was read of.
+        )
+        self.count = 0
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+
+    def keep(self, output, infos):
+        """Keeps the present weights, if they are as good as the best so far.
+
+        Args:
+            output: `Information` at the output.
+            infos: `Information` for each rate.
+        """
+        if self._best is None:
+            self._first = self._best = output
+            self._start = self._good = infos, self._values()
+        elif output.accessible >= self._best.accessible - output.noise:
+            self._good = infos, self._values()
+            if output.accessible > self._best.accessible:
+                self._best = output
+            if self._half_is_known():
+                self._start = None
+
+    def failure(self, output, loss: float) -> str | None:
+        """What is wrong with the training, in words; None where nothing is.
+
+        Args:
+            output: `Information` at the output.
+            loss: The training loss.
+        """
+        weights_finite = all(
+            bool(keras.ops.all(keras.ops.isfinite(v)))
+            for v in self._model.trainable_variables
+        )
+        # A loss scale skips the steps that are not finite, by design.
+        scaled = isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer)
+        if not weights_finite or not (scaled or math.isfinite(loss)):
+            return "the loss or the weights are not finite"
+        if self._best is None:
+            return None
+        return collapse(output, self._best, self._first)
+
+    def restore(self):
+        """Sets weights and optimizer back to the last good reading, or to the start.
+
+        Returns:
+            What was read of these weights, an `Information` for each rate, and the
+            factor to lower the rates by.
+
+        Raises:
+            ValueError: where nothing has been kept.
+        """
+        if self._good is None:
+            raise ValueError(
+                "MutualInformationLR: the training failed before its first reading; "
+                "there are no weights to go back to. Build the model before `fit`, by "
+                "an Input layer or `model.build(...)`, or lower the learning rate."
+            )
+        self.count += 1
+        factor = 0.3
+        if not self._half_is_known():
+            # Little was learned, at a rate that is far too high.
+            factor, self._good, self._best = 0.1, self._start, self._first
+        infos, values = self._good
+        for variable, value in zip(self._variables(), values, strict=True):
+            variable.assign(value)
+        return infos, factor
+
+    def _half_is_known(self):
+        return self._start is None or (
+            self._best.accessible >= 0.5 * self._best.entropy
+        )
+
+    def _variables(self):
+        return [*self._model.weights, *self._model.optimizer.variables]
+
+    def _values(self):
+        # Copies: the array may be a view of the memory that is trained in.
+        return [keras.ops.convert_to_numpy(v).copy() for v in self._variables()]
+
+
+def collapse(now, best, first) -> str | None:
+    """Why a training has collapsed, judged by readings of its output; else None.
+
+    The yardstick is a predictor that says the same of every sample, whose cross-entropy
+    is H(Y) at best. To have less information than before is no collapse: a network
+    that was wrong about every sample unlearns that first, and one with a dominant class
+    predicts nothing else for long.
+
+    Args:
+        now: `Information` of the present reading.
+        best: That of the reading with the most information so far.
+        first: That of the reading before training.
+    """
+    nats = now.entropy
+    if now.variation <= _SAME < first.variation:
+        return "the output does not depend on the input any more"
+    if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
+        return None  # Not probabilities: what is lost cannot be told.
+    margin = max(_NEGLIGIBLE * nats, 3 * now.noise)
+    guess = f"the same guess for every sample, {nats:.4g} nats"
+    rose = (
+        f"the cross-entropy rose from {{:.4g}} to {now.cross_entropy:.4g} nats, above"
+    )
+    lost = now.accessible < 0.5 * best.accessible - margin
+    if lost and now.cross_entropy >= max(0.99 * nats, best.cross_entropy):
+        return f"the information was lost: {rose.format(best.cross_entropy)} {guess}"
+    learned = now.accessible > first.accessible + margin
+    worse = now.cross_entropy > max(nats, first.cross_entropy + 0.05 * nats)
+    far_worse = now.cross_entropy > max(2 * nats, 1.5 * first.cross_entropy)
+    if (worse and not learned) or (far_worse and now.accessible < 0.5 * nats):
+        return f"nothing was learned: {rose.format(first.cross_entropy)} {guess}"
+    return None

@@ -1,0 +1,307 @@
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_milr
+from keras_milr import rates
+from keras_milr.readouts import Information, Predictions
+from keras_milr.rollback import MOST, Rollback, collapse
+
+H = np.log(10)
+
+
+def make_model(optimizer="sgd", classes=10, width=64, normalise=False):
+    layers = [keras.Input((width,)), keras.layers.Dense(64, "relu")]
+    if normalise:
+        layers.append(keras.layers.BatchNormalization())
+    layers += [
+        keras.layers.Dense(64, "relu"),
+        keras.layers.Dense(classes, activation="softmax"),
+    ]
+    model = keras.Sequential(layers)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def info(accessible, cross_entropy, variation=0.5, entropy=H, stderr=0.02):
+    bound = max(entropy - cross_entropy, 0.0)
+    return Information(
+        value=accessible,
+        raw=accessible,
+        entropy=entropy,
+        null=0.0,
+        stderr=stderr,
+        bound=min(bound, accessible),
+        bound_stderr=stderr,
+        cross_entropy=cross_entropy,
+        variation=variation,
+    )
+
+
+class TestCollapse:
+    START = info(0.02, 2.35)
+    TRAINED = info(1.8, 0.5)
+
+    @pytest.mark.parametrize(
+        ("now", "best", "message"),
+        [
+            (info(0.0, 2.31, variation=0.0), TRAINED, "not depend on the input"),
+            (info(0.0, 2.31, variation=1e-9), START, "not depend on the input"),
+            (info(0.3, 2.5), TRAINED, "information was lost.* from 0.5 to 2.5 nats"),
+            (info(0.0, 2.304), TRAINED, "information was lost"),
+            (info(0.03, 2.6), START, "nothing was learned.* from 2.35 to 2.6 nats"),
+            (info(0.4, 12.0), START, "nothing was learned"),
+        ],
+    )
+    def test_is_seen(self, now, best, message):
+        assert re.search(message, collapse(now, best, self.START))
+
+    @pytest.mark.parametrize(
+        ("now", "best", "first"),
+        [
+            (START, START, START),
+            (info(1.7, 0.6), TRAINED, START),
+            (info(0.0, 2.4), START, START),  # A little worse: not more than noise.
+            (info(0.4, 1.9), TRAINED, START),  # Lost much, but better than a guess.
+            (info(1.3, 6.0), TRAINED, START),  # Over-confident, and often right.
+            # All wrong at the start: right answers come from unlearning.
+            (info(0.0, 2.3), info(2.2, 8.0), info(2.2, 8.0)),
+            # 98:2, everything is the majority class.
+            (info(0.0, 0.3, entropy=0.1), *[info(0.0, 0.69, entropy=0.1)] * 2),
+            (info(0.0, 0.102, entropy=0.1), *[info(0.01, 0.105, entropy=0.1)] * 2),
+            # Zeros in the last layer: nothing depended on the input before either.
+            (info(0.0, H, variation=0.0), *[info(0.0, H, variation=0.0)] * 2),
+            # Not probabilities.
+            (info(0.0, np.nan), info(1.0, np.nan), info(0.0, np.nan)),
+        ],
+    )
+    def test_is_not_imagined(self, now, best, first):
+        assert collapse(now, best, first) is None
+
+
+def test_what_it_is_judged_by(digits):
+    """Cross-entropy and variation, in batches, with rows that are not finite."""
+    _, y = digits
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(10), len(y)).astype("float32")
+    readout, state = Predictions(), Predictions().init(10)
+    for rows in np.array_split(np.arange(len(y)), 7):
+        state = readout.update(state, p[rows], y[rows])
+    found = readout.finish(state)
+    loss = keras.losses.sparse_categorical_crossentropy(y, p)
+    np.testing.assert_allclose(found.cross_entropy, np.mean(loss), rtol=1e-5)
+    np.testing.assert_allclose(found.variation, np.ptp(p, axis=0).max(), rtol=1e-6)
+    p[3] = np.nan
+    again = readout.measure(p, y, 10)
+    np.testing.assert_allclose(again.variation, np.ptp(p[4:], axis=0).max(), atol=0.02)
+    same = readout.measure(np.repeat(p[:1], len(y), axis=0), y, 10)
+    assert same.variation == 0.0
+    single = readout.measure(p[5:, :1], y[5:] % 2, 2)
+    np.testing.assert_allclose(single.variation, np.ptp(p[5:, 0]), rtol=1e-6)
+    assert np.isnan(readout.measure(np.full((20, 2), np.nan), y[:20] % 2, 2).variation)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+        lambda: keras.optimizers.Adam(use_ema=True, ema_momentum=0.9),
+        lambda: keras_milr.LayerwiseOptimizer("adamw", layer_decay=0.5),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+    ],
+)
+def test_no_mixture_of_weights(optimizer, digits):
+    """Everything is set back, bit for bit: statistics and the optimizer's state too."""
+    model = make_model(optimizer(), normalise=True)
+    x, y = digits
+    model.fit(x, y, epochs=1, verbose=0)
+    variables = [*model.weights, *model.optimizer.variables]
+    kept = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+    guard = Rollback(model)
+    good = info(1.8, 0.5)
+    guard.keep(info(0.1, 2.3), ["start"])
+    guard.keep(good, ["good"])
+    model.fit(x, y, epochs=1, verbose=0)
+    guard.keep(info(0.5, 1.5), ["worse"])  # Not kept.
+    assert guard.restore() == (["good"], 0.3)
+    for variable, value in zip(variables, kept, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+    x, y = x[:64], y[:64]
+    model.fit(x, y, epochs=1, verbose=0)  # And it trains on.
+
+
+def test_to_the_start_while_little_is_known(digits):
+    model = make_model()
+    guard = Rollback(model)
+    guard.keep(info(0.1, 2.3), ["start"])
+    start = model.get_weights()
+    model.fit(*digits, epochs=1, verbose=0)
+    guard.keep(info(1.0, 1.3), ["some"])  # Less than half of H(Y).
+    assert guard.restore() == (["start"], 0.1)
+    for now, then in zip(model.get_weights(), start, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+@pytest.mark.parametrize("rate", [1.0, 10.0])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+def test_a_start_far_too_high_ends_trained(name, rate, digits):
+    keras.utils.set_random_seed(0)
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    model = make_model(getattr(keras.optimizers, name)(rate, **options))
+    callback = keras_milr.MutualInformationLR(probe_data=digits)
+    with pytest.warns(UserWarning, match="are back at the last good reading"):
+        history = model.fit(*digits, epochs=15, verbose=0, callbacks=[callback])
+    assert history.history["accuracy"][-1] > 0.75
+    last = callback.history[-1]
+    assert 1 <= last["rollbacks"] <= 4
+    assert last["peak_rate"] <= 0.1001 * rate
+    # The next reading is compared with what the model was set back to.
+    pairs = zip(callback.history, callback.history[1:], strict=False)
+    after = next(b for a, b in pairs if b["rollbacks"] > a["rollbacks"])
+    assert after["previous"] == callback.history[0]["information"]
+
+
+class Poison(keras.callbacks.Callback):
+    """Spoils the weights at the beginning of an epoch, once."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            kernel = self.model.layers[0].kernel
+            kernel.assign(np.full(kernel.shape, np.nan))
+
+
+def keep(reading):
+    return reading.rate
+
+
+@pytest.mark.parametrize("layers", [None, "all"])
+@pytest.mark.parametrize("source", ["probe", "metric"])
+def test_weights_that_are_not_finite(source, layers, digits):
+    if source == "metric" and layers is not None:
+        pytest.skip("a metric knows nothing of layers")
+    keras.utils.set_random_seed(0)
+    adam = keras.optimizers.Adam(0.01)
+    model = make_model(keras_milr.LayerwiseOptimizer(adam) if layers else adam)
+    options = {"probe_data": digits}
+    if source == "metric":
+        options = {}
+        metrics = [keras_milr.MutualInformation()]
+        model.compile(adam, "sparse_categorical_crossentropy", metrics=metrics)
+    callback = keras_milr.MutualInformationLR(keep, layers=layers, **options)
+    with pytest.warns(UserWarning, match="epoch 3, the loss or the weights are not"):
+        history = model.fit(
+            *digits, epochs=5, verbose=0, callbacks=[callback, Poison(2)]
+        )
+    assert np.all(np.isfinite(np.concatenate([w.ravel() for w in model.get_weights()])))
+    assert np.isnan(history.history["loss"][2])
+    assert history.history["loss"][4] < history.history["loss"][1]
+    np.testing.assert_allclose(rates.base_rate(model), 0.01 if layers else 0.003, 1e-5)
+    if layers:
+        assert {round(m, 4) for m in model.optimizer.multipliers.values()} == {0.3}
+    assert [r["rollbacks"] for r in callback.history][-2:] == [1, 1]
+
+
+def test_batch_readings_see_it_in_the_epoch(digits):
+    model = make_model(keras.optimizers.Adam(0.01))
+    callback = keras_milr.MutualInformationLR(keep, probe_data=digits, update_freq=10)
+    with pytest.warns(UserWarning, match="epoch 2, the loss or the weights are not"):
+        model.fit(*digits, epochs=3, verbose=0, callbacks=[callback, Poison(1)])
+    failed = next(r for r in callback.history if r["epoch"] == 1)
+    assert failed["batch"] < 12
+    after = [r for r in callback.history if r["rollbacks"]]
+    assert all(r["information"] > 1.0 for r in after)
+
+
+def test_switched_off(digits):
+    model = make_model()
+    callback = keras_milr.MutualInformationLR(keep, probe_data=digits, rollback=False)
+    model.fit(*digits, epochs=2, verbose=0, callbacks=[callback, Poison(1)])
+    assert np.isnan(model.get_weights()[0]).all()
+    assert [r["rollbacks"] for r in callback.history] == [0, 0, 0]
+
+
+def test_bounded_in_number(digits):
+    """Where nothing helps, training stops, at weights that are finite."""
+    model = make_model()
+    model.compile("sgd", lambda y, p: keras.ops.mean(p, axis=-1) * np.nan)
+    start = model.get_weights()
+    x, y = (a[:64] for a in digits)
+    callback = keras_milr.MutualInformationLR(
+        keep, probe_data=digits, readout=Predictions()
+    )
+    with pytest.warns(UserWarning, match="are back at the last good") as warned:
+        history = model.fit(x, y, epochs=30, verbose=0, callbacks=[callback])
+    messages = [str(w.message) for w in warned if "are back" in str(w.message)]
+    assert len(messages) == len(history.epoch) == MOST
+    assert "training stops" in messages[-1]
+    assert all("learning rate" in m for m in messages[:-1])
+    for now, then in zip(model.get_weights(), start, strict=True):
+        np.testing.assert_array_equal(now, then)
+    np.testing.assert_allclose(rates.base_rate(model), 1e-6)  # The lower bound.
+
+
+def test_a_model_without_weights_at_the_start(digits):
+    """It is kept from the first reading on; before, there is nothing to go back to."""
+
+    def fit(poisoned):
+        model = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
+        metrics = [keras_milr.MutualInformation()]
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=metrics)
+        callbacks = [keras_milr.MutualInformationLR(), *poisoned]
+        model.fit(*digits, epochs=3, verbose=0, callbacks=callbacks)
+        return model
+
+    with pytest.warns(UserWarning, match="epoch 3, the loss or the weights are not"):
+        model = fit([Poison(2)])
+    assert np.all(np.isfinite(model.get_weights()[0]))
+
+    class Early(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.layers[0].kernel.assign(np.full((64, 10), np.nan))
+
+    with pytest.raises(ValueError, match=r"no weights to go back to. Build the model"):
+        fit([Early()])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_never_for_a_dominant_class(optimizer, seed):
+    """98:2, where the information stays at 0 for long. Warnings would be errors."""
+    keras.utils.set_random_seed(seed)
+    rng = np.random.default_rng(seed)
+    y = (rng.random(4000) < 0.02).astype("int32")
+    x = rng.normal(size=(4000, 10)).astype("float32")
+    x[:, 0] += 3 * y
+    model = make_model(optimizer, classes=2, width=10)
+    callback = keras_milr.MutualInformationLR(probe_data=(x, y))
+    model.fit(x, y, epochs=8, verbose=0, callbacks=[callback])
+    assert callback.history[-1]["rollbacks"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_never_for_outputs_that_start_inverted(optimizer):
+    """All it says is wrong, with confidence: CE falls from far above H(Y)."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(2000, 10)).astype("float32")
+    y = (x[:, 0] + x[:, 1] > 0).astype("int32")
+    model = make_model("adam", classes=2, width=10)
+    model.fit(x, 1 - y, epochs=8, verbose=0)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    assert model.evaluate(x, y, verbose=0)[1] < 0.05
+    # At one rate: that all is known, if under other names, a policy takes for trained.
+    callback = keras_milr.MutualInformationLR(keep, (x, y), update_freq=10)
+    model.fit(x, y, epochs=15, verbose=0, callbacks=[callback])
+    assert callback.history[0]["cross_entropy"] > 3 * callback.history[0]["entropy"]
+    assert model.evaluate(x, y, verbose=0)[1] > 0.9
+    assert callback.history[-1]["rollbacks"] == 0
+
+
+def test_bad_argument(digits):
+    with pytest.raises(TypeError, match=r"`rollback` must be True or False.*'yes'"):
+        keras_milr.MutualInformationLR(probe_data=digits, rollback="yes")
