@@ -52,6 +52,13 @@ class Rows(NamedTuple):
     num_units: int
     batch_sizes: list[int]
 
+    def sample(self) -> Sample:
+        """The rows to measure on."""
+        weight = self.sample_weight
+        if weight is not None:
+            weight = weight * np.float32(weight.sum() / (weight**2).sum())
+        return Sample(self.x, self.class_ids, weight, self.num_units)
+
 
 def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
     """Draws a class-stratified sample in one pass over the data.
@@ -74,11 +81,7 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
             one class only; for labels that do not fit the outputs; for inputs that are
             not finite; for a `size` below 2 for each class.
     """
-    rows = draw_rows(data, model, size, seed)
-    weight = rows.sample_weight
-    if weight is not None:
-        weight = weight * np.float32(weight.sum() / (weight**2).sum())
-    return Sample(rows.x, rows.class_ids, weight, rows.num_units)
+    return draw_rows(data, model, size, seed).sample()
 
 
 def draw_rows(data, model, size: int, seed: int) -> Rows:
@@ -88,7 +91,7 @@ def draw_rows(data, model, size: int, seed: int) -> Rows:
     """
     rng = np.random.default_rng(seed)
     pool, batch_sizes = None, []
-    for x, y, sample_weight in _batches(data):
+    for x, y, sample_weight in batches(data):
         n = _check_lengths(x, y, sample_weight)
         if n == 0:
             continue
@@ -200,7 +203,7 @@ def _shares(counts, size):
     return shares
 
 
-def _batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
+def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     """Batches of (x, y, sample_weight) as NumPy, from whatever `data` is."""
     if isinstance(data, (tuple, list)):
         batches = [data]
