@@ -22,7 +22,8 @@ from keras_milr.untouched import (
 STEPS = 30  # of a candidate, at most, where the number is not given
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
-_COUNT = 9  # candidates of the search: the decades, and two refinements of two each
+_COUNT = 7  # candidates of the search: the decades, and one on each side of the best
+_HALF_DECADE = 10**0.5
 
 
 class LRRange(NamedTuple):
@@ -34,7 +35,9 @@ class LRRange(NamedTuple):
     Attributes:
         min_lr: The lowest rate that raised the information beyond the noise.
         max_lr: The highest rate that trained: it did not fail, nor any below it.
-        best_lr: The rate to use.
+        best_lr: The rate to use: half a decade below `peak_lr`, more where there were
+            fewer than 30 steps, but not below `min_lr`.
+        peak_lr: The rate with the most information after the training.
         rates: The learning rates.
         information: Accessible information after the training, in nats. NaN where the
             training ended in numbers that are not finite.
@@ -51,6 +54,7 @@ class LRRange(NamedTuple):
     min_lr: float
     max_lr: float
     best_lr: float
+    peak_lr: float
     rates: np.ndarray
     information: np.ndarray
     loss: np.ndarray
@@ -99,8 +103,12 @@ def lr_range_test(
     finite, or when the information collapses: less than half of what there was at a
     lower rate or at the start, and a loss that a constant predictor has too.
 
+    `best_lr` is half a decade below the rate with the most information. What is fastest
+    for a few steps is often too fast for a whole training: in
+    `benchmarks/range_test.py` it lost up to 66 points of accuracy with SGD.
+
     All trainings together take no more steps than one epoch, unless `steps` or
-    `candidates` ask for more. Each is also read once, which is a prediction of at most
+    `max_steps` ask for more. Each is also read once, which is a prediction of at most
     `probe_size` samples.
 
     It leaves no trace. Weights, optimizer, metrics, statistics of batch normalisation,
@@ -132,9 +140,9 @@ def lr_range_test(
         y: Labels, where `x` is arrays. Defaults to `None`.
         candidates: Learning rates to try, in any order, each above 0. Defaults to
             `None`: decades from 1e-4 to 1, on to 1e-7 where the lowest is the best, and
-            then rates between those.
+            then half a decade below and above the best.
         steps: Integer, training steps for each rate. Defaults to `None`: at most 30,
-            and as many as `max_steps` allows for 9 rates.
+            and as many as `max_steps` allows.
         batch_size: Integer, samples in a step. Defaults to `None`: 32, or those of the
             dataset's batches, which then must not be given.
         layers: Name or regular expression, or list of them, of layers whose rate is to
@@ -187,9 +195,13 @@ def lr_range_test(
         epoch = len(rows.batch_sizes)
         if y is not None:
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
-        count = _COUNT if candidates is None else len(candidates)
+        budget = max_steps or epoch
         if steps is None:
-            steps = max(1, min(STEPS, (max_steps or epoch) // count))
+            steps = _affordable_steps(budget, candidates)
+        else:
+            budget = math.inf
+        count = _COUNT if candidates is None else len(candidates)
+        cost = min(count * steps, budget)
         with _naming_x():
             sample, batches = _split(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
@@ -197,9 +209,9 @@ def lr_range_test(
         with untouched(model, settle=steps) as restart:
             trial = _Trial(model, layers, sample, batches, restart, seed)
             if verbose > 0:
-                _announce(count, steps, batch_size, epoch, len(sample.class_ids))
+                _announce(count, steps, batch_size, cost, epoch, len(sample.class_ids))
             if candidates is None:
-                _search(trial, max_steps or epoch)
+                _search(trial, budget)
             else:
                 _upward(trial, candidates)
     return _result(trial)
@@ -320,6 +332,19 @@ class _WithLoss:
         return self._finish(state), loss, accuracy, counts[-1].sum() == 0
 
 
+def _affordable_steps(budget, candidates):
+    """Steps for each rate, so that all together keep to the budget."""
+    least = len(_DECADES) if candidates is None else len(candidates)
+    if budget < least:
+        raise ValueError(
+            f"{budget} training step(s) are too few to try {least} learning rates. Pass "
+            "`steps`, for each of them, or `max_steps`, for all: by default it is the "
+            "number of batches in an epoch."
+        )
+    count = _COUNT if candidates is None else len(candidates)
+    return max(1, min(STEPS, budget // count))
+
+
 def _upward(trial, candidates):
     """Tries rates in ascending order, until a training fails."""
     for rate in candidates:
@@ -344,11 +369,9 @@ def _search(trial, budget):
         if not lowest.failed and lowest is not _best(trial):
             break
         trial.run(lowest.rate / 10)
-    for factor in (10**0.5, 10**0.25):
-        best = _best(trial)
-        if best is None:
-            break
-        for rate in (best.rate / factor, best.rate * factor):
+    best = _best(trial)
+    if best is not None:
+        for rate in (best.rate / _HALF_DECADE, best.rate * _HALF_DECADE):
             if affordable():
                 trial.run(rate)
 
@@ -375,6 +398,16 @@ def _best(trial):
     return max(moved, key=lambda row: row.info.accessible) if moved else None
 
 
+def _margin(steps):
+    """How far below the rate that learned fastest the rate to use shall be.
+
+    What is fastest for a few steps is too fast for many: momentum has not built up yet,
+    and too high a rate shows late. Half a decade at 30 steps, more with fewer.
+    Measured by `benchmarks/range_test.py`.
+    """
+    return _HALF_DECADE * max(1.0, STEPS / steps) ** 0.25
+
+
 def _result(trial):
     rows = trial.rows
     trained, moved = _trained(rows), _moved(trial)
@@ -390,15 +423,16 @@ def _result(trial):
         best = min(trained, key=lambda r: math.inf if math.isnan(r.loss) else r.loss)
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
-            "beyond the noise. `best_lr` is the one with the lowest loss; pass more "
+            "beyond the noise. The one with the lowest loss counts as best; pass more "
             f"`steps` to find out. Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )
-    nan = math.nan
+    nan, lowest = math.nan, (moved or [best])[0].rate
     return LRRange(
-        min_lr=(moved or [best])[0].rate,
+        min_lr=lowest,
         max_lr=trained[-1].rate,
-        best_lr=best.rate,
+        best_lr=max(lowest, best.rate / _margin(trial.length)),
+        peak_lr=best.rate,
         rates=np.array([row.rate for row in rows]),
         information=np.array([r.info.accessible if r.info else nan for r in rows]),
         loss=np.array([row.loss for row in rows]),
@@ -596,11 +630,11 @@ def _check_start(row, num_units):
     )
 
 
-def _announce(count, steps, batch_size, epoch, judged):
+def _announce(count, steps, batch_size, cost, epoch, judged):
     message = (
         f"lr_range_test: up to {count} learning rates, {steps} step(s) of {batch_size} "
-        f"samples each: at most {count * steps / epoch:.0%} of an epoch. Each is judged "
-        f"on {judged} other samples."
+        f"samples each, {cost} steps or {cost / epoch:.0%} of an epoch at most. Each is "
+        f"judged on {judged} other samples."
     )
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)
@@ -644,7 +678,8 @@ def _plot(found):
             part.axvline(rate, color="0.6", ls="--", lw=1)
         part.grid(alpha=0.3)
         part.spines[["top", "right"]].set_visible(False)
-    top.axvline(found.best_lr, color="C3", lw=1, label=f"best: {found.best_lr:.3g}")
+    label = f"best, below the peak: {found.best_lr:.3g}"
+    top.axvline(found.best_lr, color="C3", lw=1, label=label)
     if found.failed.any():
         top.plot([], [], color="0.6", ls="--", lw=1, label="failed")
     top.legend(frameon=False, fontsize="small")
