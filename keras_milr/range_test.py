@@ -182,12 +182,12 @@ def lr_range_test(
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first = next(probe.batches(data), None)
-        if first is not None:
+            first_x, first_y, _ = next(probe.batches(data), (None, (), None))
+        if len(first_y) > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
-            probe.num_output_units(model, first[0])
-            batch_size = batch_size or (32 if y is not None else len(first[1]))
+            probe.num_output_units(model, first_x)
+        batch_size = batch_size or (32 if y is not None else len(first_y))
     with own_random_state(seed):
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
@@ -299,18 +299,22 @@ class _Trial:
     def _collapsed(self, row):
         """Whether most of what was known at a lower rate, or at the start, is lost.
 
-        By the loss too: predictions that become less sure of what is wrong pass through
-        a state without information on their way to learning. Where nothing was known
-        there is nothing to lose, and the loss has to be far beyond a constant
-        predictor's, which is H(Y).
+        With the loss of a constant predictor, H(Y), or a higher one. If training had
+        added nothing so far, the loss has to be worse than before too: predictions that
+        become less sure of what is wrong pass through a state without information on
+        their way to learning. Where nothing was known there is nothing to lose, and
+        the loss has to be far beyond.
         """
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
         known, entropy = best.info.accessible, row.info.entropy
         if known < 0.05 * entropy:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
-        better = row.loss < np.fmax(0.95 * entropy, best.loss)
-        return row.info.accessible < known / 2 and not better
+        limit = 0.95 * entropy
+        if known < 1.1 * self.start.info.accessible:
+            limit = np.fmax(limit, best.loss)
+        # The loss may be unknown.
+        return row.info.accessible < known / 2 and not row.loss < limit
 
 
 class _WithLoss:
@@ -337,9 +341,9 @@ def _affordable_steps(budget, candidates):
     least = len(_DECADES) if candidates is None else len(candidates)
     if budget < least:
         raise ValueError(
-            f"{budget} training step(s) are too few to try {least} learning rates. Pass "
-            "`steps`, for each of them, or `max_steps`, for all: by default it is the "
-            "number of batches in an epoch."
+            f"{budget} training step(s) are too few to try {least} learning rates. "
+            "Pass `steps`, for each of them, or `max_steps`, for all: by default it is "
+            "the number of batches in an epoch."
         )
     count = _COUNT if candidates is None else len(candidates)
     return max(1, min(STEPS, budget // count))
@@ -366,7 +370,7 @@ def _search(trial, budget):
             break
     while affordable() and trial.rows[0].rate > 1.5 * _LOWEST:
         lowest = trial.rows[0]
-        if not lowest.failed and lowest is not _best(trial):
+        if not lowest.failed and (not _moved(trial) or lowest is not _best(trial)):
             break
         trial.run(lowest.rate / 10)
     best = _best(trial)
@@ -393,9 +397,13 @@ def _moved(trial):
 
 
 def _best(trial):
-    """The row with the most information; None where nothing moved it."""
+    """The row with the most information; where nothing moved it, the lowest loss."""
     moved = _moved(trial)
-    return max(moved, key=lambda row: row.info.accessible) if moved else None
+    if moved:
+        return max(moved, key=lambda row: row.info.accessible)
+    trained = _trained(trial.rows)
+    known = [row for row in trained if not math.isnan(row.loss)]
+    return min(known or trained, key=lambda row: row.loss, default=None)
 
 
 def _margin(steps):
@@ -418,9 +426,7 @@ def _result(trial):
             "model or the data."
         )
     best = _best(trial)
-    if best is None:
-        # Nothing to choose by but the loss.
-        best = min(trained, key=lambda r: math.inf if math.isnan(r.loss) else r.loss)
+    if not moved:
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
             "beyond the noise. The one with the lowest loss counts as best; pass more "
@@ -633,8 +639,8 @@ def _check_start(row, num_units):
 def _announce(count, steps, batch_size, cost, epoch, judged):
     message = (
         f"lr_range_test: up to {count} learning rates, {steps} step(s) of {batch_size} "
-        f"samples each, {cost} steps or {cost / epoch:.0%} of an epoch at most. Each is "
-        f"judged on {judged} other samples."
+        f"samples each, at most {cost} steps or {cost / epoch:.0%} of an epoch. Each "
+        f"is judged on {judged} other samples."
     )
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)

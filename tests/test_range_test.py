@@ -103,54 +103,46 @@ def noisy(**arguments):
     return model
 
 
-def mixed():
+def mixed_layerwise():
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        model = make_model("adam")
+        model = make_model(
+            keras_milr.LayerwiseOptimizer(keras.optimizers.Nadam(), {"head": 2.0})
+        )
     finally:
         keras.config.set_dtype_policy("float32")
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     return model
 
 
-def mixed_layerwise():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        return make_model(
-            keras_milr.LayerwiseOptimizer(keras.optimizers.AdamW(), {"head": 2.0})
-        )
-    finally:
-        keras.config.set_dtype_policy("float32")
-
-
-def excluding():
-    optimizer = keras.optimizers.AdamW(weight_decay=0.1)
+def averaging():
+    optimizer = keras.optimizers.AdamW(
+        weight_decay=0.1, use_ema=True, ema_overwrite_frequency=7
+    )
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     return make_model(optimizer)
 
 
-def layerwise(inner="adam"):
-    return make_model(keras_milr.LayerwiseOptimizer(inner, {"body": 0.5}))
+def accumulating():
+    optimizer = keras.optimizers.RMSprop(
+        gradient_accumulation_steps=3, global_clipnorm=1.0
+    )
+    return make_model(optimizer, steps_per_execution=3)
 
 
 MODELS = {
     "adam": make_model,
     "sgd momentum": lambda: make_model(keras.optimizers.SGD(0.1, momentum=0.9)),
-    "nadam, moving average": lambda: make_model(
-        keras.optimizers.Nadam(use_ema=True, ema_overwrite_frequency=7)
+    "moving average, excluded from decay": averaging,
+    "accumulation, several steps in one": accumulating,
+    "layerwise, mixed precision": mixed_layerwise,
+    "layerwise": lambda: plain_model(
+        keras_milr.LayerwiseOptimizer("adam", {"body": 0})
     ),
-    "accumulation, clipping": lambda: make_model(
-        keras.optimizers.RMSprop(gradient_accumulation_steps=3, global_clipnorm=1.0)
-    ),
-    "weight decay with exceptions": excluding,
-    "layerwise": layerwise,
-    "mixed precision": mixed,
-    "mixed precision, layerwise": mixed_layerwise,
     "custom step, unbuilt": subclassed,
     "global generators": noisy,
     "global generators, eager": lambda: noisy(run_eagerly=True),
-    "several steps in one execution": lambda: make_model(steps_per_execution=3),
-    "jit": lambda: make_model(jit_compile=True),
+    "jit": lambda: plain_model("adam", jit_compile=True),
 }
 
 
@@ -320,9 +312,9 @@ def test_max_steps(data, steps):
 
 def test_steps_and_candidates_are_as_asked_for(data, steps):
     found = find(plain_model(), *data, candidates=(0.1, 0.001, 0.1, 0.01), steps=21)
-    assert {r: len(b) for r, b in by_rate(steps).items()} == {
-        pytest.approx(r): 21 for r in (0.001, 0.01, 0.1)
-    }
+    trained = by_rate(steps)
+    assert list(trained) == pytest.approx([0.001, 0.01, 0.1])
+    assert [len(batches) for batches in trained.values()] == [21] * 3
     np.testing.assert_array_equal(found.rates, [0.001, 0.01, 0.1])
 
 
@@ -418,7 +410,7 @@ def test_rare_classes():
     x = rng.normal(size=(4000, 64)) + y[:, None] * rng.normal(size=64) * 0.3
     found = find(plain_model("sgd", 1, "sigmoid"), x, y)
     assert not found.failed[found.rates == found.peak_lr]
-    assert 0.01 <= found.peak_lr <= 1
+    assert found.best_lr >= 0.01
     assert found.information.max() > 0.02
 
 
@@ -436,7 +428,7 @@ def test_weights_reach_training_and_judging(data, steps):
         np.testing.assert_array_equal(weights, np.where(labels == 3, 5.0, 1.0))
 
 
-# ------------------------------------------------------------------ where training fails
+# ----------------------------------------------------------------- where training fails
 
 
 def test_it_stops_where_training_fails(data, steps):
@@ -465,7 +457,8 @@ def test_inverted_outputs_are_no_failure(data):
     x, y = data[0], data[1] % 2
     model = plain_model(keras.optimizers.SGD(0.1), 1, "sigmoid")
     model.fit(x, 1 - y, epochs=10, verbose=0)
-    found = find(model, x, y, candidates=[0.001, 0.01, 0.03, 0.1, 0.3], steps=15)
+    with pytest.warns(UserWarning, match="at no rate"):
+        found = find(model, x, y, candidates=[0.001, 0.01, 0.03, 0.1], steps=15)
     assert found.start > 0.1
     assert found.information.min() < 0.5 * found.start
     assert not found.failed.any()
@@ -474,7 +467,7 @@ def test_inverted_outputs_are_no_failure(data):
 def test_lower_rates_are_tried_where_the_lowest_is_the_best(digits):
     """Inputs a thousand times too large want rates that are a millionth."""
     found = find(plain_model("sgd"), digits[0] * 300, digits[1])
-    assert found.rates[0] < 1e-5
+    assert found.rates[0] <= 1e-5
     assert found.max_lr < 0.01
 
 
@@ -506,13 +499,13 @@ def test_one_layer(data, steps, monkeypatch):
 
     monkeypatch.setattr(keras.Model, "train_on_batch", record)
     initial = model.get_weights()
-    found = find(model, *data, candidates=[0.01, 0.1], steps=3, layers="head")
-    assert [u["head"] for u in used] == pytest.approx([0.5] * 3 + [5.0] * 3)
+    found = find(model, *data, candidates=[0.1, 1.0], steps=9, layers="head")
+    assert [u["head"] for u in used] == pytest.approx([5.0] * 9 + [50.0] * 9)
     assert {u["body"] for u in used} == {0.5}
-    assert {rate for rate, *_ in steps} == {pytest.approx(0.02)}
+    assert [rate for rate, *_ in steps] == pytest.approx([0.02] * 18)
     # By hand, with the gradients: for plain SGD a rate of a layer is a factor of them.
     x, y = data
-    batches = [step[1:3] for step in steps[3:]]
+    batches = [step[1:3] for step in steps[9:]]
     seen = {row.tobytes() for batch in batches for row in batch[0]}
     held_out = np.array([row.tobytes() not in seen for row in x])
     model.set_weights(initial)
@@ -521,7 +514,7 @@ def test_one_layer(data, steps, monkeypatch):
             loss = model.compute_loss(inputs, labels, model(inputs))
         variables = model.trainable_variables
         for v, g in zip(variables, tape.gradient(loss, variables), strict=True):
-            v.assign_sub((0.1 if "head" in v.path else 0.01) * g)
+            v.assign_sub((1.0 if "head" in v.path else 0.01) * g)
     p = model.predict(x[held_out], verbose=0)
     loss = -np.log(p[np.arange(len(p)), y[held_out]]).mean()
     assert found.loss[1] == pytest.approx(loss, rel=1e-5)
@@ -660,7 +653,7 @@ def test_bad_data(data, steps):
 
 
 def test_bad_models(data, steps):
-    with pytest.raises(TypeError, match="`model` must be a keras.Model"):
+    with pytest.raises(TypeError, match=r"`model` must be a keras\.Model"):
         find("model", *data)
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
     with pytest.raises(ValueError, match="`model` must be compiled"):
@@ -668,14 +661,12 @@ def test_bad_models(data, steps):
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
     with pytest.raises(ValueError, match="Received: Adam with a schedule"):
         find(plain_model(keras.optimizers.Adam(schedule)), *data)
-    with pytest.raises(ValueError, match="one learning rate that can be set"):
-        find(plain_model(keras.optimizers.Adam(lambda: 0.1)), *data)
 
     class Special(keras.optimizers.SGD):
         def __init__(self, factor):
             super().__init__(factor)
 
-    with pytest.raises(ValueError, match="`get_config` and `from_config`.*Special"):
+    with pytest.raises(ValueError, match=r"`get_config` and `from_config`.*Special"):
         find(plain_model(Special(0.1)), *data)
     with pytest.raises(ValueError, match=r"from_logits=True"):
         find(plain_model("sgd", 1, None), data[0], data[1] % 2)
