@@ -11,6 +11,7 @@ from absl import logging
 
 from keras_milr import backend, probe, rates
 from keras_milr._arguments import check_integer, check_number
+from keras_milr.plotting import plot_range
 from keras_milr.readouts import Information
 from keras_milr.untouched import (
     has_statistics,
@@ -74,7 +75,7 @@ class LRRange(NamedTuple):
         Raises:
             ImportError: without matplotlib (`pip install keras-milr[plot]`).
         """
-        return _plot(self)
+        return plot_range(self)
 
 
 def lr_range_test(
@@ -195,13 +196,12 @@ def lr_range_test(
         epoch = len(rows.batch_sizes)
         if y is not None:
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
-        budget = max_steps or epoch
+        count = _COUNT if candidates is None else len(candidates)
         if steps is None:
+            budget = max_steps or epoch
             steps = _affordable_steps(budget, candidates)
         else:
-            budget = math.inf
-        count = _COUNT if candidates is None else len(candidates)
-        cost = min(count * steps, budget)
+            budget = count * steps
         with _naming_x():
             sample, batches = _split(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
@@ -209,7 +209,7 @@ def lr_range_test(
         with untouched(model, settle=steps) as restart:
             trial = _Trial(model, layers, sample, batches, restart, seed)
             if verbose > 0:
-                _announce(count, steps, batch_size, cost, epoch, len(sample.class_ids))
+                _announce(count, steps, batch_size, budget, epoch, sample)
             if candidates is None:
                 _search(trial, budget)
             else:
@@ -636,57 +636,14 @@ def _check_start(row, num_units):
     )
 
 
-def _announce(count, steps, batch_size, cost, epoch, judged):
+def _announce(count, steps, batch_size, budget, epoch, sample):
+    cost = min(count * steps, budget)
     message = (
         f"lr_range_test: up to {count} learning rates, {steps} step(s) of {batch_size} "
         f"samples each, at most {cost} steps or {cost / epoch:.0%} of an epoch. Each "
-        f"is judged on {judged} other samples."
+        f"is judged on {len(sample.class_ids)} other samples."
     )
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)
     else:
         logging.info(message)
-
-
-def _plot(found):
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "`LRRange.plot` needs matplotlib: pip install 'keras-milr[plot]'"
-        ) from error
-
-    figure, axes = pyplot.subplots(
-        3, 1, sharex=True, figsize=(7, 7), height_ratios=(3, 2, 2), layout="constrained"
-    )
-    top, middle, bottom = axes
-    top.axhline(found.entropy, color="k", ls="--", lw=1, label="H(Y), all there is")
-    top.axhline(found.start, color="k", ls=":", lw=1, label="before training")
-    low, high = found.information - found.noise, found.information + found.noise
-    top.fill_between(found.rates, low, high, color="C0", alpha=0.2, label="± noise")
-    top.plot(found.rates, found.information, "C0.-", label="information")
-    top.set_ylabel("information (nats)")
-    top.set_ylim(bottom=0)
-    middle.plot(found.rates, found.loss, "C1.-")
-    middle.axhline(found.entropy, color="k", ls="--", lw=1)
-    middle.set_ylabel("cross-entropy (nats)")
-    # A loss that explodes would press the others flat.
-    middle.set_ylim(0, 2.5 * found.entropy)
-    bottom.plot(found.rates, found.accuracy, "C2.-")
-    bottom.set_ylabel("accuracy")
-    bottom.set_ylim(0, 1)
-    bottom.set_xlabel("learning rate")
-    bottom.set_xscale("log")
-    for part in axes:
-        part.axvspan(found.min_lr, found.max_lr, color="C0", alpha=0.07)
-        part.axvline(found.best_lr, color="C3", lw=1)
-        for rate in found.rates[found.failed]:
-            part.axvline(rate, color="0.6", ls="--", lw=1)
-        part.grid(alpha=0.3)
-        part.spines[["top", "right"]].set_visible(False)
-    label = f"best, below the peak: {found.best_lr:.3g}"
-    top.axvline(found.best_lr, color="C3", lw=1, label=label)
-    if found.failed.any():
-        top.plot([], [], color="0.6", ls="--", lw=1, label="failed")
-    top.legend(frameon=False, fontsize="small")
-    return figure
