@@ -146,13 +146,18 @@ def copy_optimizer(optimizer, model):
 
 @contextlib.contextmanager
 def own_seed_generator(seed):
-    """Sets aside the global generator of `keras.random`, or the lack of one."""
+    """Sets aside the global generator of `keras.random`, or the lack of one.
+
+    Yields:
+        A function that seeds the one that stands in.
+    """
     name = seed_generator.GLOBAL_SEED_GENERATOR
     kept = global_state.get_global_attribute(name)
     # With a name of its own, or the next automatic name would be another.
     own = keras.random.SeedGenerator(seed, name="range_test")
+    start = keras.ops.convert_to_numpy(own.state).copy()
     global_state.set_global_attribute(name, own)
     try:
-        yield
+        yield lambda: own.state.assign(start)
     finally:
         global_state.set_global_attribute(name, kept)

@@ -16,7 +16,6 @@ from keras_milr.readouts import Information
 from keras_milr.untouched import (
     has_statistics,
     own_random_state,
-    seed_generators,
     untouched,
 )
 
@@ -189,7 +188,7 @@ def lr_range_test(
             # now would have drawn them in `fit`.
             probe.num_output_units(model, first_x)
         batch_size = batch_size or (32 if y is not None else len(first_y))
-    with own_random_state(seed):
+    with own_random_state(seed) as reseed:
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
             rows = probe.draw_rows(data, model, most, seed)
@@ -207,7 +206,7 @@ def lr_range_test(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
             )
         with untouched(model, settle=steps) as restart:
-            trial = _Trial(model, layers, sample, batches, restart, seed)
+            trial = _Trial(model, layers, sample, batches, restart, reseed)
             if verbose > 0:
                 _announce(count, steps, batch_size, budget, epoch, sample)
             if candidates is None:
@@ -236,14 +235,14 @@ class _Trial:
         sample: What to judge on.
         batches: What to train on: list of (x, y, sample_weight).
         restart: Function that sets the model back to the start.
-        seed: Integer seed of the global generators in each training.
+        reseed: Function that sets the global generators back to the start.
     """
 
-    def __init__(self, model, layers, sample, batches, restart, seed):
+    def __init__(self, model, layers, sample, batches, restart, reseed):
         self._model = model
         self._batches = batches
         self._restart = restart
-        self._seed = seed
+        self._reseed = reseed
         self.length = len(batches)
         self.taken = 0
         self.rows = []
@@ -269,7 +268,7 @@ class _Trial:
     def run(self, rate: float) -> _Row:
         """Trains at a rate and reads."""
         self._restart()
-        seed_generators(self._seed)
+        self._reseed()
         self._rates.set(np.full(len(self._rates.get()), rate))
         failed = False
         for x, y, weight in self._batches:

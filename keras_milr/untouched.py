@@ -15,21 +15,24 @@ def own_random_state(seed: int):
 
     The global generators of Python, NumPy, Keras and its backend are seeded, and
     afterwards go on as if nothing had been drawn.
+
+    Yields:
+        A function that seeds those of Python, NumPy and Keras again.
     """
     kept = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with _keras.own_seed_generator(seed), backend.own_random_state(seed):
+    with _keras.own_seed_generator(seed) as reseed, backend.own_random_state(seed):
+
+        def again():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            reseed()
+
         try:
-            seed_generators(seed)
-            yield
+            again()
+            yield again
         finally:
             random.setstate(kept[0])
             np.random.set_state(kept[1])  # noqa: NPY002
-
-
-def seed_generators(seed: int):
-    """Seeds the global generators of Python and NumPy, inside `own_random_state`."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -366,6 +366,44 @@ def test_a_row_is_a_training_by_hand(data, steps):
     assert np.ptp(found.information) > 0.1  # Not two of the same.
 
 
+def test_the_optimizer_goes_on_from_its_state(data, steps):
+    """A row is what this very model would become: with velocities and exceptions."""
+    x, y = data
+    optimizer = keras.optimizers.AdamW(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = plain_model(optimizer)
+    train(model, data)
+    found = find(model, x, y, candidates=[0.02], steps=5)
+    batches = [step[1:3] for step in steps]
+    seen = {row.tobytes() for inputs, _ in batches for row in inputs}
+    held_out = np.array([row.tobytes() not in seen for row in x])
+    model.optimizer.learning_rate = 0.02
+    for inputs, labels in batches:
+        model.train_on_batch(inputs, labels)
+    p = model.predict(x[held_out], verbose=0)
+    loss = -np.log(p[np.arange(len(p)), y[held_out]]).mean()
+    assert found.loss[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_rate_is_judged_by_itself(data):
+    """Others before it leave nothing behind, not even in the global generators."""
+
+    class Unsteady(keras.layers.Layer):
+        def call(self, x, training=None):
+            if not training:
+                return x
+            x = x + 0.1 * keras.random.normal(keras.ops.shape(x))
+            return x + 0.1 * np.random.rand() + 0.1 * random.random()  # noqa: NPY002
+
+    model = keras.Sequential(
+        [keras.Input((64,)), Unsteady(), keras.layers.Dense(10, activation="softmax")]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", run_eagerly=True)
+    both = find(model, *data, candidates=[0.02, 0.03], steps=10)
+    alone = find(model, *data, candidates=[0.03], steps=10)
+    assert both.loss[1] == alone.loss[0]
+
+
 def test_the_best_is_below_the_peak(digits):
     found = find(plain_model(keras.optimizers.SGD(momentum=0.9)), *digits, steps=30)
     assert found.peak_lr == found.rates[np.nanargmax(found.information)]
