@@ -105,7 +105,7 @@ def lr_range_test(
 
     `best_lr` is half a decade below the rate with the most information. What is fastest
     for a few steps is often too fast for a whole training: in
-    `benchmarks/range_test.py` it lost up to 66 points of accuracy with SGD.
+    `benchmarks/range_test.py` it lost up to 45 points of accuracy with SGD.
 
     All trainings together take no more steps than one epoch, unless `steps` or
     `max_steps` ask for more. Each is also read once, which is a prediction of at most
