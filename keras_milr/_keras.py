@@ -3,7 +3,11 @@
 Tested with Keras 3.12.4 and 3.15.1.
 """
 
+import contextlib
+
 import keras
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator
 
 
 def metrics(model) -> list:
@@ -97,3 +101,63 @@ def _moves_at_rate_zero(optimizer):
     )
     classes = tuple(getattr(keras.optimizers, name) for name in still)
     return not (own and isinstance(optimizer, classes))
+
+
+@contextlib.contextmanager
+def set_aside(model, optimizer):
+    """Lends a model another optimizer, for trainings that it shall not remember.
+
+    A train function is compiled anew, and the compiled metrics stay out of it, so that
+    neither traces nor metrics of the model are touched, not even built. The attributes
+    are replaced past `__setattr__`, by which TensorFlow would keep track of the
+    optimizer as a part of the model's checkpoints.
+    """
+    lent = {"optimizer": optimizer, "train_function": None, "_compile_metrics": None}
+    kept = {name: vars(model)[name] for name in lent}
+    vars(model).update(lent)
+    try:
+        yield
+    finally:
+        vars(model).update(kept)
+
+
+def copy_optimizer(optimizer, model):
+    """An optimizer in the same state for the same variables, built.
+
+    An optimizer that is not built yet stays so. What `exclude_from_weight_decay` was
+    told is not in the configuration, and the variables that the optimizer was built
+    for have no public name.
+    """
+    copy = type(optimizer).from_config(optimizer.get_config())
+    pair = (optimizer, copy)
+    while all(pair):
+        for name, value in vars(pair[0]).items():
+            if name.startswith("_exclude_from_weight_decay"):
+                vars(pair[1])[name] = value
+        pair = [getattr(one, "inner_optimizer", None) for one in pair]
+    if not optimizer.built:
+        copy.build(model.trainable_variables)
+        return copy
+    copy.build(optimizer._trainable_variables)
+    for new, old in zip(copy.variables, optimizer.variables, strict=True):
+        new.assign(old)
+    return copy
+
+
+@contextlib.contextmanager
+def own_seed_generator(seed):
+    """Sets aside the global generator of `keras.random`, or the lack of one.
+
+    Yields:
+        A function that seeds the one that stands in.
+    """
+    name = seed_generator.GLOBAL_SEED_GENERATOR
+    kept = global_state.get_global_attribute(name)
+    # With a name of its own, or the next automatic name would be another.
+    own = keras.random.SeedGenerator(seed, name="range_test")
+    start = keras.ops.convert_to_numpy(own.state).copy()
+    global_state.set_global_attribute(name, own)
+    try:
+        yield lambda: own.state.assign(start)
+    finally:
+        global_state.set_global_attribute(name, kept)

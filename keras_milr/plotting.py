@@ -192,3 +192,54 @@ def _series_of_logs(history):
             f"in its logs. Received: keys {sorted(logs)}"
         )
     return series | {"epoch": np.asarray(history.epoch) + 1}
+
+
+def plot_range(found):
+    """Draws a `keras_milr.LRRange`; see its `plot`."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "`LRRange.plot` needs matplotlib: pip install 'keras-milr[plot]'"
+        ) from error
+
+    figure, axes = pyplot.subplots(
+        3, 1, sharex=True, figsize=(7, 7), height_ratios=(3, 2, 2), layout="constrained"
+    )
+    top, middle, bottom = axes
+    top.axhline(found.entropy, color="k", ls="--", lw=1, label="H(Y), all there is")
+    top.axhline(found.start, color="k", ls=":", lw=1, label="before training")
+    low, high = found.information - found.noise, found.information + found.noise
+    top.fill_between(found.rates, low, high, color="C0", alpha=0.2, label="± noise")
+    top.plot(found.rates, found.information, "C0.-", label="information")
+    top.set_ylabel("information (nats)")
+    top.set_ylim(bottom=0)
+    middle.plot(found.rates, found.loss, "C1.-")
+    middle.axhline(found.entropy, color="k", ls="--", lw=1)
+    middle.set_ylabel("cross-entropy (nats)")
+    # A loss that explodes would press the others flat.
+    middle.set_ylim(0, 2.5 * found.entropy)
+    bottom.plot(found.rates, found.accuracy, "C2.-")
+    bottom.set_ylabel("accuracy")
+    bottom.set_ylim(0, 1)
+    bottom.set_xlabel("learning rate")
+    bottom.set_xscale("log")
+    for part in axes:
+        part.axvspan(found.min_lr, found.max_lr, color="C0", alpha=0.07)
+        part.axvline(found.best_lr, color="C3", lw=1)
+        for rate in found.rates[found.failed]:
+            part.axvline(rate, color="0.6", ls="--", lw=1)
+        part.grid(alpha=0.3)
+        part.spines[["top", "right"]].set_visible(False)
+    label = f"best, below the peak: {found.best_lr:.3g}"
+    top.axvline(found.best_lr, color="C3", lw=1, label=label)
+    if found.failed.any():
+        top.plot([], [], color="0.6", ls="--", lw=1, label="failed")
+    figure.legend(
+        *top.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+    )
+    return figure

@@ -31,6 +31,35 @@ class Sample(NamedTuple):
     num_units: int
 
 
+class Rows(NamedTuple):
+    """Labelled rows drawn from data, as `fit` would be given them.
+
+    Attributes:
+        x: Array, or structure of arrays, of length n.
+        y: Labels of any kind, of length n.
+        sample_weight: Weights of shape `(n,)`, or None.
+        class_ids: int32 ids of `y`, shape `(n,)`.
+        positions: The rows' positions in the data, shape `(n,)`, ascending.
+        num_units: Number of output units that the labels were read for.
+        batch_sizes: Numbers of rows in the batches of the data, all of them.
+    """
+
+    x: Any
+    y: np.ndarray
+    sample_weight: np.ndarray | None
+    class_ids: np.ndarray
+    positions: np.ndarray
+    num_units: int
+    batch_sizes: list[int]
+
+    def sample(self) -> Sample:
+        """The rows to measure on."""
+        weight = self.sample_weight
+        if weight is not None:
+            weight = weight * np.float32(weight.sum() / (weight**2).sum())
+        return Sample(self.x, self.class_ids, weight, self.num_units)
+
+
 def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
     """Draws a class-stratified sample in one pass over the data.
 
@@ -52,9 +81,17 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
             one class only; for labels that do not fit the outputs; for inputs that are
             not finite; for a `size` below 2 for each class.
     """
+    return draw_rows(data, model, size, seed).sample()
+
+
+def draw_rows(data, model, size: int, seed: int) -> Rows:
+    """Draws the rows of a sample, with their labels and weights as they came.
+
+    See `draw_sample`.
+    """
     rng = np.random.default_rng(seed)
-    pool = None
-    for x, y, sample_weight in _batches(data):
+    pool, batch_sizes = None, []
+    for x, y, sample_weight in batches(data):
         n = _check_lengths(x, y, sample_weight)
         if n == 0:
             continue
@@ -64,7 +101,8 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
             pool = _Pool(classes)
         ids = targets.checked_class_ids(y, num_units)
         _check_finite(x)
-        rows = {"x": x}
+        rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
+        batch_sizes.append(n)
         if sample_weight is not None:
             rows["sample_weight"] = sample_weight
         pool.add(rows, ids, rng.random(n))
@@ -89,14 +127,13 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
     pool.keep(_shares(pool.counts, size))
     rows, ids = pool.rows()
     weight = rows.get("sample_weight")
-    if weight is not None:
-        if len(np.unique(ids[weight > 0])) < 2:
-            raise ValueError(
-                "The sample weights of `probe_data` must be above 0 in at least two "
-                "classes. Received: 0 in all others"
-            )
-        weight = weight * np.float32(weight.sum() / (weight**2).sum())
-    return Sample(rows["x"], ids, weight, num_units)
+    if weight is not None and len(np.unique(ids[weight > 0])) < 2:
+        raise ValueError(
+            "The sample weights of `probe_data` must be above 0 in at least two "
+            "classes. Received: 0 in all others"
+        )
+    position = rows["position"]
+    return Rows(rows["x"], rows["y"], weight, ids, position, num_units, batch_sizes)
 
 
 class _Pool:
@@ -166,7 +203,7 @@ def _shares(counts, size):
     return shares
 
 
-def _batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
+def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     """Batches of (x, y, sample_weight) as NumPy, from whatever `data` is."""
     if isinstance(data, (tuple, list)):
         batches = [data]

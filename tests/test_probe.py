@@ -116,6 +116,18 @@ class TestSample:
             np.testing.assert_array_equal(sample.x, expected.x)
             np.testing.assert_array_equal(sample.class_ids, expected.class_ids)
 
+    def test_rows_keep_labels_weights_and_positions(self, digits):
+        x, y = digits
+        labels, weight = np.eye(10, dtype="float32")[y], np.arange(1.0, len(y) + 1)
+        data = tf.data.Dataset.from_tensor_slices((x, labels, weight)).batch(100)
+        rows = probe.draw_rows(data, make_model(), 300, seed=0)
+        assert np.all(np.diff(rows.positions) > 0)
+        np.testing.assert_array_equal(rows.x, x[rows.positions])
+        np.testing.assert_array_equal(rows.y, labels[rows.positions])
+        np.testing.assert_array_equal(rows.sample_weight, weight[rows.positions])
+        np.testing.assert_array_equal(rows.class_ids, y[rows.positions])
+        assert rows.batch_sizes == [100] * 17 + [97]
+
     def test_memory_stays_bounded(self):
         longest = 0
 

@@ -1,7 +1,13 @@
 """How a measurement is compiled on TensorFlow."""
 
+import contextlib
+import random
+import sys
+import warnings
+
 import keras
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 
 def is_symbolic(x):
@@ -31,3 +37,53 @@ def compile_step(model, step):
     if model.run_eagerly:  # The user's code may not be traceable.
         return run
     return tf.function(run, jit_compile=model.jit_compile)
+
+
+@contextlib.contextmanager
+def own_random_state(seed):
+    # `tf.random` draws the seeds of its operations from a generator in the eager
+    # context. To rewind it would not do, since operations with the same seed share a
+    # state of their own; another generator leaves both alone.
+    eager = context.context()
+    kept = vars(eager).get("_rng")
+    module = sys.modules.get("tensorflow.python.ops.stateful_random_ops")
+    generator = getattr(module, "global_generator", None)
+    state = None if generator is None else generator.state.numpy().copy()
+    if kept is not None:
+        eager._rng = random.Random(seed)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            eager._rng = kept
+        if generator is not None:
+            generator.state.assign(state)
+
+
+def fresh(data):
+    # A dataset that shuffles counts how often it has been iterated, and so does a plain
+    # copy, with the same counter. In the copy's graph that counter is taken out.
+    if not isinstance(data, tf.data.Dataset):
+        return data
+    try:
+        graph = tf.compat.v1.GraphDef.FromString(
+            tf.raw_ops.DatasetToGraphV2(
+                input_dataset=tf.data.experimental.to_variant(data),
+                external_state_policy=1,  # Ignored.
+            ).numpy()
+        )
+        own = graph.node.add(name="own_seed_generator", op="DummySeedGenerator")
+        place = {"ShuffleDatasetV3": 4, "RandomDatasetV2": 2}
+        place["ShuffleAndRepeatDatasetV2"] = 5
+        for node in graph.node:
+            if node.op in place:
+                node.input[place[node.op]] = own.name
+        variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
+        return tf.data.experimental.from_variant(variant, data.element_spec)
+    except tf.errors.OpError as error:
+        warnings.warn(
+            "The dataset cannot be copied. It is read as it is, and a shuffling that "
+            f"is part of it goes on from there. Received: {error}",
+            stacklevel=2,
+        )
+        return data

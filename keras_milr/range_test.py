@@ -1,0 +1,648 @@
+"""A range test of the learning rate, judged by mutual information."""
+
+import contextlib
+import math
+import warnings
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from absl import logging
+
+from keras_milr import backend, probe, rates
+from keras_milr._arguments import check_integer, check_number
+from keras_milr.plotting import plot_range
+from keras_milr.readouts import Information
+from keras_milr.untouched import (
+    has_statistics,
+    own_random_state,
+    untouched,
+)
+
+STEPS = 30  # of a candidate, at most, where the number is not given
+_DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_LOWEST = 1e-7
+_COUNT = 7  # candidates of the search: the decades, and one on each side of the best
+_HALF_DECADE = 10**0.5
+
+
+class LRRange(NamedTuple):
+    """What `lr_range_test` found.
+
+    Arrays have an entry for each rate tried, in ascending order. Information and loss
+    are read on samples that the model has not been trained on.
+
+    Attributes:
+        min_lr: The lowest rate that raised the information beyond the noise.
+        max_lr: The highest rate that trained: it did not fail, nor any below it.
+        best_lr: The rate to use: half a decade below `peak_lr`, more where there were
+            fewer than 30 steps, but not below `min_lr`.
+        peak_lr: The rate with the most information after the training.
+        rates: The learning rates.
+        information: Accessible information after the training, in nats. NaN where the
+            training ended in numbers that are not finite.
+        loss: Cross-entropy of the labels, in nats. NaN where the outputs are no
+            probabilities.
+        accuracy: Share of samples whose class was predicted.
+        failed: Whether the training failed.
+        noise: Standard error of a change of the information.
+        start: Information before any training.
+        entropy: H(Y), all the information there is to have.
+        steps: Training steps of all candidates together.
+    """
+
+    min_lr: float
+    max_lr: float
+    best_lr: float
+    peak_lr: float
+    rates: np.ndarray
+    information: np.ndarray
+    loss: np.ndarray
+    accuracy: np.ndarray
+    failed: np.ndarray
+    noise: np.ndarray
+    start: float
+    entropy: float
+    steps: int
+
+    def plot(self):
+        """Draws information, loss and accuracy over the rates.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: without matplotlib (`pip install keras-milr[plot]`).
+        """
+        return plot_range(self)
+
+
+def lr_range_test(
+    model,
+    x,
+    y=None,
+    candidates=None,
+    steps=None,
+    batch_size=None,
+    layers=None,
+    probe_size=2048,
+    seed=0,
+    verbose=1,
+    *,
+    sample_weight=None,
+    class_weight=None,
+    max_steps=None,
+):
+    """Finds the learning rates that a model can be trained with, and the best of them.
+
+    Each rate gets a short training from the same start on the same batches, and is
+    judged by the information that the outputs then have about the labels of samples it
+    has not been trained on: the larger of the counted mutual information and
+    H(Y) − CE. The search goes upward in decades and stops where training fails, then
+    refines around the best. A training fails when its loss or outputs are not
+    finite, or when the information collapses: less than half of what there was at a
+    lower rate or at the start, and a loss that a constant predictor has too.
+
+    `best_lr` is half a decade below the rate with the most information. What is fastest
+    for a few steps is often too fast for a whole training: in
+    `benchmarks/range_test.py` it lost up to 45 points of accuracy with SGD.
+
+    All trainings together take no more steps than one epoch, unless `steps` or
+    `max_steps` ask for more. Each is also read once, which is a prediction of at most
+    `probe_size` samples.
+
+    It leaves no trace. Weights, optimizer, metrics, statistics of batch normalisation,
+    random generators and compiled functions are as before, so that what is trained
+    afterwards is bit for bit what it would have been; also when it is interrupted. A
+    model that has no weights yet is built. A `tf.data.Dataset` is read in a copy, so
+    that its shuffling does not go on either. What is kept elsewhere is not known: see
+    `keras_milr.untouched`.
+
+    Samples are held out without loss: a training sees a small part of an epoch, and
+    the model is judged on others, which `fit` then trains on too. Where `steps` asks
+    for more than half of a small set, that half is gone through more than once.
+
+    Example:
+
+    ```python
+    model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy")
+    found = keras_milr.lr_range_test(model, x_train, y_train)
+    found.plot().savefig("range.png")
+    model.optimizer.learning_rate = found.best_lr
+    model.fit(x_train, y_train, epochs=20)
+    ```
+
+    Args:
+        model: A compiled `keras.Model` with one output of class probabilities or
+            logits. Its state is the start.
+        x: Inputs as `fit` takes them: array, structure of arrays, or with the labels in
+            them a finite `tf.data.Dataset` or `keras.utils.PyDataset` of batches.
+        y: Labels, where `x` is arrays. Defaults to `None`.
+        candidates: Learning rates to try, in any order, each above 0. Defaults to
+            `None`: decades from 1e-4 to 1, on to 1e-7 where the lowest is the best, and
+            then half a decade below and above the best.
+        steps: Integer, training steps for each rate. Defaults to `None`: at most 30,
+            and as many as `max_steps` allows.
+        batch_size: Integer, samples in a step. Defaults to `None`: 32, or those of the
+            dataset's batches, which then must not be given.
+        layers: Name or regular expression, or list of them, of layers whose rate is to
+            be found, see `keras_milr.layers.choose`; others keep theirs. Needs a
+            `LayerwiseOptimizer`. Defaults to `None`: the rate of the whole model.
+        probe_size: Integer, samples to judge on, at least 2 per class. Fewer where
+            there are no more. Defaults to `2048`.
+        seed: Integer, seed of the draw of samples and batches and of all random numbers
+            that are not the model's own. Defaults to `0`.
+        verbose: Integer. 0: quiet, 1: say what it costs before it starts. Defaults to
+            `1`.
+        sample_weight: Weights of the samples, shape `(n,)`, where `x` is arrays; in
+            training and in judging. Defaults to `None`.
+        class_weight: Dict from class to weight, in training only, as `fit` takes it.
+            Defaults to `None`.
+        max_steps: Integer, training steps of all rates together, where `steps` is not
+            given. Defaults to `None`: one epoch.
+
+    Returns:
+        An `LRRange`: `min_lr`, `max_lr`, `best_lr`, and the table.
+
+    Raises:
+        ValueError: for arguments out of range, data that cannot be measured, a model
+            that is not compiled, an optimizer with a `LearningRateSchedule`, all before
+            anything is trained; and where training fails at every rate.
+        TypeError: for arguments of a wrong type.
+
+    Reference:
+
+    - [Vasudevan, 2020](https://doi.org/10.3390/e22050560), where a range test bounds
+      the rate. The search and its rules here are our own.
+    """
+    candidates = _check_arguments(
+        candidates, steps, batch_size, layers, probe_size, seed, verbose, max_steps
+    )
+    _check_model(model)
+    data = _as_data(x, y, batch_size, sample_weight, class_weight)
+    with _naming_x():
+        with own_random_state(seed):
+            first_x, first_y, _ = next(probe.batches(data), (None, (), None))
+        if len(first_y) > 0:
+            # Not with random numbers that are taken back: a model that is built only
+            # now would have drawn them in `fit`.
+            probe.num_output_units(model, first_x)
+        batch_size = batch_size or (32 if y is not None else len(first_y))
+    with own_random_state(seed) as reseed:
+        with _naming_x():
+            most = probe_size + batch_size * (steps or STEPS)
+            rows = probe.draw_rows(data, model, most, seed)
+        epoch = len(rows.batch_sizes)
+        if y is not None:
+            epoch = math.ceil(rows.batch_sizes[0] / batch_size)
+        count = _COUNT if candidates is None else len(candidates)
+        if steps is None:
+            budget = max_steps or epoch
+            steps = _affordable_steps(budget, candidates)
+        else:
+            budget = count * steps
+        with _naming_x():
+            sample, batches = _split(
+                rows, model, steps, batch_size, class_weight, probe_size, seed
+            )
+        with untouched(model, settle=steps) as restart:
+            trial = _Trial(model, layers, sample, batches, restart, reseed)
+            if verbose > 0:
+                _announce(count, steps, batch_size, budget, epoch, sample)
+            if candidates is None:
+                _search(trial, budget)
+            else:
+                _upward(trial, candidates)
+    return _result(trial)
+
+
+class _Row(NamedTuple):
+    """A rate and what came of it."""
+
+    rate: float
+    info: Information | None
+    loss: float
+    accuracy: float
+    failed: bool
+
+
+class _Trial:
+    """Trains at one rate after the other, each time from the start, and keeps the rows.
+
+    Args:
+        model: A `keras.Model`, on loan.
+        layers: Layers whose rate is to be set, or None.
+        sample: What to judge on.
+        batches: What to train on: list of (x, y, sample_weight).
+        restart: Function that sets the model back to the start.
+        reseed: Function that sets the global generators back to the start.
+    """
+
+    def __init__(self, model, layers, sample, batches, restart, reseed):
+        self._model = model
+        self._batches = batches
+        self._restart = restart
+        self._reseed = reseed
+        self.length = len(batches)
+        self.taken = 0
+        self.rows = []
+        _check_rate(model)
+        self._rates = rates.NetworkRate(model)
+        if layers is not None:
+            self._rates = rates.LayerRates(model, layers)
+            if rates.base_rate(model) <= 0:
+                raise ValueError(
+                    "Argument `layers` needs an optimizer whose learning rate is above "
+                    "0: the rate of a layer is a multiple of it. "
+                    f"Received: learning_rate={rates.base_rate(model)}"
+                )
+        readout = _WithLoss(probe.output_readout(model))
+        self._probe = probe.Probe(model, sample, readout)
+        if has_statistics(model):
+            # As they will be after the training, which alone shall make a difference.
+            for x, _, _ in batches:
+                model(x, training=True)
+        self.start = self._read(0.0)
+        _check_start(self.start, sample.num_units)
+
+    def run(self, rate: float) -> _Row:
+        """Trains at a rate and reads."""
+        self._restart()
+        self._reseed()
+        self._rates.set(np.full(len(self._rates.get()), rate))
+        failed = False
+        for x, y, weight in self._batches:
+            logs = self._model.train_on_batch(
+                x, y, sample_weight=weight, return_dict=True
+            )
+            self.taken += 1
+            # The logs of a custom step may have no loss; its outputs are still read.
+            if not math.isfinite(logs.get("loss", 0.0)):
+                failed = True
+                break
+        if failed:
+            row = _Row(rate, None, math.nan, math.nan, True)
+        else:
+            row = self._read(rate)
+            if row.info is not None:
+                row = row._replace(failed=self._collapsed(row))
+        self.rows = sorted([*self.rows, row], key=lambda row: row.rate)
+        return row
+
+    def _read(self, rate):
+        (info, loss, accuracy, finite), _ = self._probe.measure()
+        if not finite:
+            return _Row(rate, None, math.nan, math.nan, True)
+        return _Row(rate, info, loss, accuracy, False)
+
+    def _collapsed(self, row):
+        """Whether most of what was known at a lower rate, or at the start, is lost.
+
+        With the loss of a constant predictor, H(Y), or a higher one. If training had
+        added nothing so far, the loss has to be worse than before too: predictions that
+        become less sure of what is wrong pass through a state without information on
+        their way to learning. Where nothing was known there is nothing to lose, and
+        the loss has to be far beyond.
+        """
+        lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
+        best = max([self.start, *lower], key=lambda r: r.info.accessible)
+        known, entropy = best.info.accessible, row.info.entropy
+        if known < 0.05 * entropy:
+            return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
+        limit = 0.95 * entropy
+        if known < 1.1 * self.start.info.accessible:
+            limit = np.fmax(limit, best.loss)
+        # The loss may be unknown.
+        return row.info.accessible < known / 2 and not row.loss < limit
+
+
+class _WithLoss:
+    """A readout of outputs that also tells cross-entropy and accuracy."""
+
+    def __init__(self, readout):
+        self.init = readout.init
+        self.update = readout.update
+        self._finish = readout.finish
+
+    def finish(self, state):
+        counts, surprise, improper = (
+            keras.ops.convert_to_numpy(state[name]).astype("float64")
+            for name in ("counts", "surprise", "improper")
+        )
+        loss = surprise.sum() / counts.sum() if improper == 0 else math.nan
+        accuracy = np.trace(counts) / counts.sum()
+        # The last row counts outputs that are not finite.
+        return self._finish(state), loss, accuracy, counts[-1].sum() == 0
+
+
+def _affordable_steps(budget, candidates):
+    """Steps for each rate, so that all together keep to the budget."""
+    least = len(_DECADES) if candidates is None else len(candidates)
+    if budget < least:
+        raise ValueError(
+            f"{budget} training step(s) are too few to try {least} learning rates. "
+            "Pass `steps`, for each of them, or `max_steps`, for all: by default it is "
+            "the number of batches in an epoch."
+        )
+    count = _COUNT if candidates is None else len(candidates)
+    return max(1, min(STEPS, budget // count))
+
+
+def _upward(trial, candidates):
+    """Tries rates in ascending order, until a training fails."""
+    for rate in candidates:
+        if trial.run(rate).failed:
+            break
+
+
+def _search(trial, budget):
+    """Decades upward, on downward where the lowest is the best, then between them.
+
+    Ends when the next training might take more steps than `budget`.
+    """
+
+    def affordable():
+        return trial.taken + trial.length <= budget
+
+    for rate in _DECADES:
+        if not affordable() or trial.run(rate).failed:
+            break
+    while affordable() and trial.rows[0].rate > 1.5 * _LOWEST:
+        lowest = trial.rows[0]
+        if not lowest.failed and (not _moved(trial) or lowest is not _best(trial)):
+            break
+        trial.run(lowest.rate / 10)
+    best = _best(trial)
+    if best is not None:
+        for rate in (best.rate / _HALF_DECADE, best.rate * _HALF_DECADE):
+            if affordable():
+                trial.run(rate)
+
+
+def _trained(rows):
+    """The rows below the lowest rate that failed."""
+    failed = [row.rate for row in rows if row.failed]
+    return [row for row in rows if row.rate < min(failed, default=math.inf)]
+
+
+def _moved(trial):
+    """The rows that trained and know more than there was at the start."""
+    known, entropy = trial.start.info.accessible, trial.start.info.entropy
+    return [
+        row
+        for row in _trained(trial.rows)
+        if row.info.accessible > known + max(2 * row.info.noise, 0.01 * entropy)
+    ]
+
+
+def _best(trial):
+    """The row with the most information; where nothing moved it, the lowest loss."""
+    moved = _moved(trial)
+    if moved:
+        return max(moved, key=lambda row: row.info.accessible)
+    trained = _trained(trial.rows)
+    known = [row for row in trained if not math.isnan(row.loss)]
+    return min(known or trained, key=lambda row: row.loss, default=None)
+
+
+def _margin(steps):
+    """How far below the rate that learned fastest the rate to use shall be.
+
+    What is fastest for a few steps is too fast for many: momentum has not built up yet,
+    and too high a rate shows late. Half a decade at 30 steps, more with fewer.
+    Measured by `benchmarks/range_test.py`.
+    """
+    return _HALF_DECADE * max(1.0, STEPS / steps) ** 0.25
+
+
+def _result(trial):
+    rows = trial.rows
+    trained, moved = _trained(rows), _moved(trial)
+    if not trained:
+        raise ValueError(
+            "Training fails at every rate that was tried, the lowest being "
+            f"{rows[0].rate:g}. Pass lower `candidates`, or look for the fault in the "
+            "model or the data."
+        )
+    best = _best(trial)
+    if not moved:
+        warnings.warn(
+            f"lr_range_test: {trial.length} step(s) moved the information at no rate "
+            "beyond the noise. The one with the lowest loss counts as best; pass more "
+            f"`steps` to find out. Received: rates {[row.rate for row in trained]}",
+            stacklevel=3,
+        )
+    nan, lowest = math.nan, (moved or [best])[0].rate
+    return LRRange(
+        min_lr=lowest,
+        max_lr=trained[-1].rate,
+        best_lr=max(lowest, best.rate / _margin(trial.length)),
+        peak_lr=best.rate,
+        rates=np.array([row.rate for row in rows]),
+        information=np.array([r.info.accessible if r.info else nan for r in rows]),
+        loss=np.array([row.loss for row in rows]),
+        accuracy=np.array([row.accuracy for row in rows]),
+        failed=np.array([row.failed for row in rows]),
+        noise=np.array([row.info.noise if row.info else nan for row in rows]),
+        start=float(trial.start.info.accessible),
+        entropy=trial.start.info.entropy,
+        steps=trial.taken,
+    )
+
+
+def _split(rows, model, steps, batch_size, class_weight, probe_size, seed):
+    """What to judge on, and batches of other rows to train on."""
+    n, wanted = len(rows.class_ids), steps * batch_size
+    size = min(probe_size, n - min(wanted, n // 2))
+    classes = len(np.unique(rows.class_ids))
+    if size < 2 * classes <= probe_size:
+        raise ValueError(
+            "Argument `x` must have at least 4 samples for each class, to train on "
+            f"some and judge on others. Received: {n} samples of {classes} classes"
+        )
+    data = (rows.x, rows.y)
+    if rows.sample_weight is not None:
+        data = (*data, rows.sample_weight)
+    drawn = probe.draw_rows(data, model, size, seed)
+    rng = np.random.default_rng([seed, 1])
+    rest = np.setdiff1d(np.arange(n), drawn.positions)
+    passes = math.ceil(wanted / len(rest))
+    order = np.concatenate([rng.permutation(rest) for _ in range(passes)])
+    weight = rows.sample_weight
+    if class_weight is not None:
+        weight = np.array([class_weight.get(int(c), 1.0) for c in rows.class_ids])
+        weight = weight.astype(keras.config.floatx())
+    batches = []
+    for start in range(0, wanted, batch_size):
+        here = order[start : start + batch_size]
+        x = keras.tree.map_structure(lambda a, i=here: a[i], rows.x)
+        batches.append((x, rows.y[here], None if weight is None else weight[here]))
+    return drawn.sample(), batches
+
+
+def _check_arguments(
+    candidates, steps, batch_size, layers, probe_size, seed, verbose, max_steps
+):
+    """The candidates in ascending order, or None."""
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("max_steps", max_steps),
+    ):
+        if value is not None:
+            check_integer(name, value, at_least=1)
+    check_integer("probe_size", probe_size, at_least=2)
+    check_integer("seed", seed, at_least=0)
+    if not isinstance(verbose, (int, np.integer)):
+        raise TypeError(
+            "Argument `verbose` must be 0 or 1. "
+            f"Received: verbose={verbose!r} of type {type(verbose).__name__}"
+        )
+    if steps is not None and max_steps is not None:
+        raise ValueError(
+            "Arguments `steps` and `max_steps` exclude each other: the first is for "
+            "each rate, the second for all together. "
+            f"Received: steps={steps}, max_steps={max_steps}"
+        )
+    if isinstance(layers, dict):
+        raise TypeError(
+            "Argument `layers` must be a name or regular expression, or a list of "
+            f"them: one rate is looked for. Received: layers={layers!r}"
+        )
+    if candidates is None:
+        return None
+    if isinstance(candidates, (str, dict)) or np.ndim(candidates) != 1:
+        raise TypeError(
+            "Argument `candidates` must be a list of learning rates. "
+            f"Received: candidates={candidates!r}"
+        )
+    if len(candidates) == 0:
+        raise ValueError(
+            "Argument `candidates` must have at least one learning rate. "
+            f"Received: candidates={candidates!r}"
+        )
+    for i, rate in enumerate(candidates):
+        limit = float(np.finfo("float32").max)
+        check_number(f"candidates[{i}]", rate, above=0, at_most=limit)
+    return sorted({float(rate) for rate in candidates})
+
+
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a keras.Model. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    if not model.compiled or model.optimizer is None:
+        raise ValueError(
+            "Argument `model` must be compiled, with the optimizer and the loss to "
+            f"train with. Received: model {model.name!r}, not compiled"
+        )
+
+
+def _as_data(x, y, batch_size, sample_weight, class_weight):
+    """What `probe.draw_rows` reads, and can read twice."""
+    if class_weight is not None:
+        if not isinstance(class_weight, dict):
+            raise TypeError(
+                "Argument `class_weight` must be a dict from class to weight. "
+                f"Received: class_weight={class_weight!r}"
+            )
+        for name, value in class_weight.items():
+            check_number(f"class_weight[{name!r}]", value, at_least=0)
+        if sample_weight is not None:
+            raise ValueError(
+                "Arguments `class_weight` and `sample_weight` exclude each other, as "
+                "in `fit`. Received both"
+            )
+    arrays = isinstance(x, (tuple, list, dict)) or hasattr(x, "__array__")
+    if y is not None:
+        if not arrays:
+            raise ValueError(
+                "Argument `y` must be None where `x` has the labels in it. "
+                f"Received: x of type {type(x).__name__} and y"
+            )
+        return (x, y) if sample_weight is None else (x, y, sample_weight)
+    if arrays:
+        raise ValueError(
+            "Argument `y` must have the labels where `x` is arrays. "
+            f"Received: x of type {type(x).__name__}, y=None"
+        )
+    if hasattr(x, "__next__"):
+        raise ValueError(
+            "Argument `x` must be data that can be read more than once: nothing would "
+            "be left of it for `fit`. Received: an iterator, of type "
+            f"{type(x).__name__}"
+        )
+    for name, value in (("batch_size", batch_size), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"Argument `{name}` must be None where `x` is a dataset, which has "
+                f"batches and weights of its own. Received: {name}={value!r}"
+            )
+    return backend.fresh(x)
+
+
+@contextlib.contextmanager
+def _naming_x():
+    """Errors about data name the argument that they came by here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if "`probe_data`" not in str(error):
+            raise
+        message = str(error).replace("`probe_data`", "`x`")
+        raise type(error)(message) from error
+
+
+def _check_rate(model):
+    """Refuses an optimizer whose rate cannot be set; tried on the copy."""
+    try:
+        model.optimizer.learning_rate = rates.base_rate(model)
+    except TypeError as error:
+        raise ValueError(
+            "lr_range_test sets the learning rate, and cannot where the optimizer has "
+            "a LearningRateSchedule. Compile with a number, as "
+            "`keras.optimizers.Adam(learning_rate=1e-3)`, and make the schedule from "
+            f"what is found. Received: {type(model.optimizer).__name__} with a schedule"
+        ) from error
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            "lr_range_test needs an optimizer with one learning rate that can be set. "
+            f"Received: {type(model.optimizer).__name__}"
+        ) from error
+
+
+def _check_start(row, num_units):
+    if row.info is None:
+        raise ValueError(
+            "The outputs of the model are not finite before any training. "
+            "Check its weights and the inputs."
+        )
+    if not math.isnan(row.loss):
+        return
+    if num_units == 1:
+        raise ValueError(
+            "The model's single output has values outside [0, 1], so 0.5 cannot be "
+            "the threshold between the classes. If it is a logit, compile with "
+            "`BinaryCrossentropy(from_logits=True)`."
+        )
+    warnings.warn(
+        "lr_range_test: the model's outputs are not probabilities, and its loss does "
+        "not say that they are logits. H(Y) − CE cannot be measured, and the counted "
+        "mutual information alone judges the rates.",
+        stacklevel=4,
+    )
+
+
+def _announce(count, steps, batch_size, budget, epoch, sample):
+    cost = min(count * steps, budget)
+    message = (
+        f"lr_range_test: up to {count} learning rates, {steps} step(s) of {batch_size} "
+        f"samples each, at most {cost} steps or {cost / epoch:.0%} of an epoch. Each "
+        f"is judged on {len(sample.class_ids)} other samples."
+    )
+    if keras.config.is_interactive_logging_enabled():
+        print(message, flush=True)
+    else:
+        logging.info(message)

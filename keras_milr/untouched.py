@@ -1,0 +1,109 @@
+"""Trainings that leave no trace: the model is lent out, and comes back as it was."""
+
+import contextlib
+import random
+
+import keras
+import numpy as np
+
+from keras_milr import _keras, backend
+
+
+@contextlib.contextmanager
+def own_random_state(seed: int):
+    """Gives the code inside random numbers of its own.
+
+    The global generators of Python, NumPy, Keras and its backend are seeded, and
+    afterwards go on as if nothing had been drawn.
+
+    Yields:
+        A function that seeds those of Python, NumPy and Keras again.
+    """
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with _keras.own_seed_generator(seed) as reseed, backend.own_random_state(seed):
+
+        def again():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            reseed()
+
+        try:
+            again()
+            yield again
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def untouched(model, settle: int | None = None):
+    """Lends a model for trainings that it will not remember, whatever happens in them.
+
+    The model trains with a copy of its optimizer and a train function of its own, both
+    put away afterwards; an optimizer that was not built is still not. The compiled
+    metrics are left out of it. Weights, statistics, the states of random seeds and the
+    metrics that the model itself owns are set back.
+
+    What is kept elsewhere is not known: a second optimizer in a custom `train_step`,
+    say, or what a layer writes into Python attributes.
+
+    Args:
+        model: A compiled, built `keras.Model`.
+        settle: Number of training steps after which batch normalisation shall use the
+            statistics of these steps. With the usual momentum of 0.99 they come in
+            so slowly that after a few steps the model cannot be measured in inference
+            mode. Training itself does not depend on it. Defaults to `None`: as it is.
+
+    Yields:
+        A function that sets the model and the optimizer back to the start.
+    """
+    # Not the memory that the variables are trained in: a view would follow them.
+    variables = [(v, keras.ops.convert_to_numpy(v).copy()) for v in model.variables]
+    optimizer = _copy_optimizer(model)
+    slots = [(v, keras.ops.convert_to_numpy(v).copy()) for v in optimizer.variables]
+    momentum = [(layer, layer.momentum) for layer in _normalisations(model)]
+
+    def restart():
+        for variable, value in (*variables, *slots):
+            variable.assign(value)
+
+    with _keras.set_aside(model, optimizer):
+        metrics = [
+            (v, keras.ops.convert_to_numpy(v).copy()) for v in model.metrics_variables
+        ]
+        try:
+            for layer, value in momentum if settle is not None else ():
+                # A hundredth of the old statistics is left at the end.
+                layer.momentum = min(value, 0.01 ** (1 / settle))
+            yield restart
+        finally:
+            for layer, value in momentum:
+                layer.momentum = value
+            model.reset_metrics()  # Those that were built only now.
+            for variable, value in (*variables, *metrics):
+                variable.assign(value)
+
+
+def has_statistics(model) -> bool:
+    """Whether the model has batch normalisation that follows the training."""
+    return any(layer.trainable for layer in _normalisations(model))
+
+
+def _normalisations(model):
+    kind = keras.layers.BatchNormalization
+    return [layer for layer in _keras.all_layers(model) if isinstance(layer, kind)]
+
+
+def _copy_optimizer(model):
+    # The variables of a model that trains on several devices are on all of them.
+    strategy = getattr(model, "distribute_strategy", None)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        try:
+            return _keras.copy_optimizer(model.optimizer, model)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                "The model's optimizer must be one that can be copied: its class needs "
+                "`get_config` and `from_config`, and registration with "
+                "`keras.saving.register_keras_serializable` where another optimizer "
+                f"holds it. Received: {type(model.optimizer).__name__}. {error}"
+            ) from error
