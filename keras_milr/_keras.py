@@ -7,7 +7,6 @@ import contextlib
 
 import keras
 from keras.src.backend.common import global_state
-from keras.src.random import seed_generator
 
 
 def metrics(model) -> list:
@@ -151,7 +150,7 @@ def own_seed_generator(seed):
     Yields:
         A function that seeds the one that stands in.
     """
-    name = seed_generator.GLOBAL_SEED_GENERATOR
+    name = "global_seed_generator"  # A constant of Keras only since 3.13.
     kept = global_state.get_global_attribute(name)
     # With a name of its own, or the next automatic name would be another.
     own = keras.random.SeedGenerator(seed, name="range_test")
