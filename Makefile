@@ -13,7 +13,7 @@ run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

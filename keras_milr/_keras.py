@@ -150,7 +150,7 @@ def own_seed_generator(seed):
     Yields:
         A function that seeds the one that stands in.
     """
-    name = "global_seed_generator"  # A constant of Keras only since 3.13.
+    name = "global_seed_generator"  # As Keras 3.12 and 3.15 call it.
     kept = global_state.get_global_attribute(name)
     # With a name of its own, or the next automatic name would be another.
     own = keras.random.SeedGenerator(seed, name="range_test")

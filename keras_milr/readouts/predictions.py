@@ -91,7 +91,7 @@ class Predictions:
             "surprise_squared": np.zeros((), "float32"),
             # Weight of rows whose finite outputs are no probabilities.
             "improper": np.zeros((), "float32"),
-            # Of each output, over the rows that are finite.
+            # Of each output, as a probability, over the rows that are finite.
             "lowest": np.full(num_classes, np.inf, "float32"),
             "highest": np.full(num_classes, -np.inf, "float32"),
         }
@@ -138,6 +138,9 @@ class Predictions:
             "surprise_squared": ops.sum(sample_weight * surprise**2),
             "improper": ops.sum(improper),
         }
+        if self.from_logits:
+            single = outputs.shape[-1] == 1
+            outputs = ops.sigmoid(outputs) if single else ops.softmax(outputs)
         seen = (finite & (sample_weight > 0))[:, None]
         low = ops.min(ops.where(seen, outputs, np.inf), axis=0)
         high = ops.max(ops.where(seen, outputs, -np.inf), axis=0)

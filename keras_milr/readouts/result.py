@@ -21,11 +21,12 @@ class Information(NamedTuple):
             the cross-entropy of predicted probabilities; at least 0. NaN where the
             outputs are not probabilities.
         bound_stderr: Standard error of `bound`.
-        estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`.
         cross_entropy: CE of the labels, which has no upper bound. NaN where the
             outputs are not probabilities.
-        variation: Largest difference between samples in any output; at 0 the outputs
-            do not depend on the input. NaN where it was not measured.
+        variation: Largest difference between samples in any output, of logits in their
+            probabilities; at 0 the outputs do not depend on the input. NaN where it was
+            not measured.
+        estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`.
     """
 
     value: float
@@ -35,9 +36,9 @@ class Information(NamedTuple):
     stderr: float
     bound: float = float("nan")
     bound_stderr: float = float("nan")
-    estimator: str = "counts"
     cross_entropy: float = float("nan")
     variation: float = float("nan")
+    estimator: str = "counts"
 
     @property
     def accessible(self) -> float:
