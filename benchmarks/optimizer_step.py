@@ -72,8 +72,8 @@ def main():
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--units", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=20, help="in a turn")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=5, help="in a turn")
     parser.add_argument("--jit-compile", action="store_true")
     parser.add_argument(
         "--output", type=Path, default=Path("results/optimizer_step.json")

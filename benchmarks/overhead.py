@@ -5,9 +5,9 @@ of reading: none; the MutualInformation metric; MutualInformationLR with a probe
 with a probe of all layers, the optimizer wrapped in a LayerwiseOptimizer. The policy
 keeps the rates, so that all do the same training.
 
-The speed of a shared machine changes from second to second. So the `fit`s of a round
-take turns, a few batches each, and each is timed in its turns only: a disturbance hits
-all alike. Even so a machine may stall for longer than an epoch takes, and a stall only
+The speed of a shared machine changes from second to second. So the `fit`s of a round,
+each in a process of its own, take turns, a few batches each, and each is timed in its
+turns only: a disturbance hits all alike. Even so a machine may stall for longer than an epoch takes, and a stall only
 ever adds. So the time of an epoch is put together turn by turn, from the fastest of
 each turn over the rounds (and, after the first epoch, which compiles, over the epochs).
 The quartiles are those of the same sums over 1,000 bootstrap samples of the rounds and
@@ -18,14 +18,14 @@ epochs. Prints a table and writes JSON with every turn.
 """
 
 import argparse
-import concurrent.futures
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import sys
-import threading
 import time
+import traceback
 from pathlib import Path
 
 import keras
@@ -41,25 +41,18 @@ VARIANTS = ("without", "metric", "probe", "layers")
 
 
 class Turns:
-    """Lets one thread run at a time, in turn."""
+    """Lets one process run at a time, in turn; all take the same number of turns."""
 
-    def __init__(self, names):
-        self.waiting = list(names)
-        self.changed = threading.Condition()
+    def __init__(self, context, names):
+        self.mine = {name: context.Semaphore(0) for name in names}
+        self.mine[names[0]].release()
+        self.following = dict(zip(names, [*names[1:], names[0]], strict=True))
 
     def wait(self, name):
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting[0] == name)
+        self.mine[name].acquire()
 
-    def pass_on(self):
-        with self.changed:
-            self.waiting.append(self.waiting.pop(0))
-            self.changed.notify_all()
-
-    def leave(self):
-        with self.changed:
-            self.waiting.pop(0)
-            self.changed.notify_all()
+    def pass_on(self, name):
+        self.mine[self.following[name]].release()
 
 
 class Clock(keras.callbacks.Callback):
@@ -82,7 +75,7 @@ class Clock(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if (batch + 1) % self.batches == 0:
             self.stop()
-            self.turns.pass_on()
+            self.turns.pass_on(self.name)
             self.start()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -99,52 +92,80 @@ def keep(reading):
 
 def train(variant, clock, x, y, arguments):
     """One `fit` from scratch, timed by `clock`."""
-    clock.start()
+    keras.utils.set_random_seed(0)
+    model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
+    metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
+    layers, optimizer = None, model.optimizer
+    if variant == "layers":
+        layers, optimizer = "all", keras_milr.LayerwiseOptimizer(optimizer)
+    model.compile(
+        optimizer,
+        model.loss,
+        metrics=["accuracy", *metrics],
+        jit_compile=arguments.jit_compile,
+    )
+    callbacks = [clock]
+    if variant in ("probe", "layers"):
+        probe = keras_milr.MutualInformationLR(
+            keep, (x, y), probe_size=arguments.probe_size, layers=layers
+        )
+        callbacks = [probe, clock]
+    clock.since = time.perf_counter()
+    model.fit(
+        x,
+        y,
+        batch_size=arguments.batch_size,
+        epochs=arguments.epochs,
+        callbacks=callbacks,
+        verbose=0,
+    )
+
+
+def load(samples):
+    (x, y), _ = keras.datasets.fashion_mnist.load_data()
+    return x[:samples, ..., None].astype("float32") / 255, y[:samples]
+
+
+def run_variant(name, turns, arguments, results):
+    """In a process of its own: warms up, waits for its turns, sends their seconds."""
     try:
-        keras.utils.set_random_seed(0)
-        model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
-        metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
-        layers, optimizer = None, model.optimizer
-        if variant == "layers":
-            layers, optimizer = "all", keras_milr.LayerwiseOptimizer(optimizer)
-        model.compile(
-            optimizer,
-            model.loss,
-            metrics=["accuracy", *metrics],
-            jit_compile=arguments.jit_compile,
+        clock = Clock(name, turns, arguments.turn)
+        x, y = load(arguments.samples)
+        clock.start()
+        # TensorFlow's own first steps, which are no part of any variant.
+        quickstart.build_model("mlp", x.shape[1:], "adam", 1e-3).fit(
+            x[:640], y[:640], verbose=0
         )
-        callbacks = [clock]
-        if variant in ("probe", "layers"):
-            probe = keras_milr.MutualInformationLR(
-                keep, (x, y), probe_size=arguments.probe_size, layers=layers
-            )
-            callbacks = [probe, clock]
-        clock.since = time.perf_counter()
-        model.fit(
-            x,
-            y,
-            batch_size=arguments.batch_size,
-            epochs=arguments.epochs,
-            callbacks=callbacks,
-            verbose=0,
-        )
-    finally:
-        clock.turns.leave()
+        train(name, clock, x, y, arguments)
+        turns.pass_on(name)
+        results.put((name, clock.seconds))
+    except BaseException:
+        results.put((name, traceback.format_exc()))
 
 
-def run_round(x, y, arguments, order=VARIANTS):
+def run_round(arguments, order):
     """Seconds of each turn of each epoch, by variant; the `fit`s take turns."""
-    turns = Turns(order)
-    clocks = {name: Clock(name, turns, arguments.turn) for name in order}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        fits = [
-            pool.submit(train, name, clock, x, y, arguments)
-            for name, clock in clocks.items()
-        ]
-        for fit in fits:
-            fit.result()
-    keras.backend.clear_session()
-    return {name: clock.seconds for name, clock in clocks.items()}
+    context = multiprocessing.get_context("spawn")
+    turns, results = Turns(context, order), context.Queue()
+    processes = [
+        context.Process(
+            target=run_variant, args=(name, turns, arguments, results), daemon=True
+        )
+        for name in order
+    ]
+    try:
+        for process in processes:
+            process.start()
+        found = {}
+        while len(found) < len(order):
+            name, seconds = results.get()
+            if isinstance(seconds, str):
+                raise RuntimeError(f"The variant {name} failed:\n{seconds}")
+            found[name] = seconds
+        return found
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def compare(rounds, seed=0):
@@ -199,19 +220,15 @@ def main():
     arguments = parser.parse_args()
 
     try:
-        (x, y), _ = keras.datasets.fashion_mnist.load_data()
+        load(1)
     except Exception as error:  # What Keras raises when a download fails.
         print(f"Skipped: Fashion-MNIST is neither here nor to be had: {error}")
         return
-    x = x[: arguments.samples, ..., None].astype("float32") / 255
-    y = y[: arguments.samples]
-    # TensorFlow's own first steps, which would count as the first variant's.
-    run_round(x[:640], y[:640], argparse.Namespace(**vars(arguments) | {"epochs": 1}))
     rounds = []
     bar = keras.utils.Progbar(arguments.rounds, unit_name="round")
     for i in range(arguments.rounds):
         order = np.random.default_rng(i).permutation(VARIANTS).tolist()
-        rounds.append(run_round(x, y, arguments, order))
+        rounds.append(run_round(arguments, order))
         bar.add(1)
 
     table = compare(rounds)

@@ -83,23 +83,36 @@ def scale_learning_rate(optimizer, multiplier):
             optimizer._backend_update_step = super(cls, optimizer)._backend_update_step
 
 
+def stop(optimizer, variables):
+    """Takes the velocity from variables whose rate has become 0: they shall stand."""
+    if _is_own(optimizer, keras.optimizers.SGD) and optimizer.momentums:
+        for variable in variables:
+            velocity = optimizer.momentums[optimizer._get_variable_index(variable)]
+            velocity.assign(keras.ops.zeros_like(velocity))
+
+
+def _is_own(optimizer, classes):
+    """Whether it is Keras' own, of these classes: a subclass may do anything."""
+    own = type(optimizer).__module__.startswith("keras.")
+    return own and isinstance(optimizer, classes)
+
+
 def _moves_at_rate_zero(optimizer):
     """Whether the optimizer may change a variable although its rate is 0.
 
-    Velocities go on, Ftrl divides by the rate, ScheduleFreeAdamW averages, and of an
-    optimizer that is not Keras' own nothing is known. To undo that costs a copy of the
-    weights, and all of an embedding's where a step touches a few rows, so the
-    others are told apart.
+    Velocities go on (that of SGD is 0 after `stop`, and stays so), Ftrl divides by the
+    rate, ScheduleFreeAdamW averages, and of an optimizer that is not Keras' own
+    nothing is known. To undo that costs a copy of the weights in every step, and all
+    of an embedding's where a step touches a few rows, so the others are told apart.
     """
-    own = type(optimizer).__module__.startswith("keras.")
-    if own and isinstance(optimizer, (keras.optimizers.SGD, keras.optimizers.RMSprop)):
+    if _is_own(optimizer, keras.optimizers.RMSprop):
         return optimizer.momentum != 0
     still = (
         *("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax"),
-        *("Lamb", "Lion", "Muon", "Nadam"),
+        *("Lamb", "Lion", "Muon", "Nadam", "SGD"),
     )
     classes = tuple(getattr(keras.optimizers, name) for name in still)
-    return not (own and isinstance(optimizer, classes))
+    return not _is_own(optimizer, classes)
 
 
 @contextlib.contextmanager

@@ -124,6 +124,16 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         new = names.resolve(multipliers, self._paths, "multipliers")
         values = [o if n is None else n for o, n in zip(old, new, strict=True)]
         self._multipliers.assign(np.array(values, "float32"))
+        _keras.stop(
+            self.inner_optimizer,
+            [
+                variable
+                for variable, owner in zip(
+                    self._trainable_variables, self._owners, strict=True
+                )
+                if values[owner] == 0
+            ],
+        )
 
     def layer_of(self, variable) -> str:
         """Name of the layer that a trainable variable belongs to."""
