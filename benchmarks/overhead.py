@@ -7,11 +7,12 @@ keeps the rates, so that all do the same training.
 
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
 each in a process of its own, take turns, a few batches each, and each is timed in its
-turns only: a disturbance hits all alike. Even so a machine may stall for longer than an epoch takes, and a stall only
-ever adds. So the time of an epoch is put together turn by turn, from the fastest of
-each turn over the rounds (and, after the first epoch, which compiles, over the epochs).
-The quartiles are those of the same sums over 1,000 bootstrap samples of the rounds and
-epochs. Prints a table and writes JSON with every turn.
+turns only: a disturbance hits all alike. Even so a machine may stall for longer than
+an epoch takes, and a stall only ever adds. So the time of an epoch is put together
+turn by turn, from the fastest of each turn over the rounds (and, after the first
+epoch, which compiles, over the epochs). The quartiles are those of the same sums over
+1,000 bootstrap samples of the rounds and epochs. Prints a table and writes JSON with
+every turn.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --samples 2000 --epochs 2 --rounds 2
