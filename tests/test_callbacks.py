@@ -693,7 +693,6 @@ class TestBadInput:
             ({"reference": lambda i: -1.0}, ValueError, "`reference` must return"),
             ({"readout": "hidden"}, TypeError, "`readout` must be 'auto'"),
         ],
-        ids=str,
     )
     def test_arguments(self, digits, arguments, error, message):
         self.raises(digits, message, error=error, **arguments)
