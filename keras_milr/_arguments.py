@@ -4,8 +4,19 @@ import math
 import numbers
 
 
-def check_number(name, value, above=None, at_least=None, below=None, at_most=None):
+def check_number(
+    name, value, above=None, at_least=None, below=None, at_most=None, or_else=None
+):
     """Refuses what is not a finite real number within the limits.
+
+    Args:
+        name: Name of the argument.
+        value: What was received.
+        above: Lower limit that is outside itself; `None` for none, as of all limits.
+        at_least: Lower limit.
+        below: Upper limit that is outside itself.
+        at_most: Upper limit.
+        or_else: Names what else would serve, for the message.
 
     Raises:
         TypeError: for what is not a number.
@@ -14,6 +25,8 @@ def check_number(name, value, above=None, at_least=None, below=None, at_most=Non
     limits = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     limits = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]
     expected = ", ".join(["a finite number", *limits])
+    if or_else is not None:
+        expected += f", or {or_else}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(_message(name, expected, value))
     try:

@@ -11,6 +11,7 @@ from keras_milr import policies, probe, rates, readouts
 from keras_milr._arguments import check_bool, check_integer, check_number
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
+from keras_milr.range_test import lr_range_test
 from keras_milr.rollback import MOST, Rollback
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
@@ -88,12 +89,16 @@ class MutualInformationLR(keras.callbacks.Callback):
             output, or with `layers` a `readouts.LinearReadout` or
             `readouts.UnitHistogram` for them. `"auto"` takes `from_logits` from the
             compiled loss, and a `LinearReadout` for layers. Defaults to `"auto"`.
-        learning_rate: Float, the rate to start with. Defaults to `None`: keep the
-            optimizer's.
+        learning_rate: The rate to start with. Float, or `"auto"` to find one by
+            `lr_range_test` on `probe_data` before the first epoch, which costs at most
+            an epoch of them and leaves no trace. Its batches are those of a dataset;
+            of arrays they have the size that makes as many as `fit` has, or 32.
+            Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
-        max_lr: Float, upper bound of the rate. Defaults to `None`: ten times the rate
-            at the start; with `layers`, the optimizer's rate times ten times the
-            highest multiplier at the start.
+        max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
+            highest rate that trained, else ten times the rate at the start; with
+            `layers` the highest multiplier at the start times that of the optimizer's
+            rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
@@ -118,6 +123,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             `policies.Reading` and of `readouts.Information`. With a probe the first is
             from before the training (`step` 0). With `layers` these fields are dicts
             from layer to number, and `output` has what was found at the output.
+        lr_range: The `LRRange` that was found with `learning_rate="auto"`, else `None`.
 
     Raises:
         ValueError: for arguments out of range, and before the first batch for anything
@@ -166,8 +172,20 @@ class MutualInformationLR(keras.callbacks.Callback):
                     "Argument `min_lr` must not be above `max_lr`. "
                     f"Received: min_lr={min_lr}, max_lr={max_lr}"
                 )
-        if learning_rate is not None:
-            check_number("learning_rate", learning_rate, above=0, at_most=_LARGEST)
+        auto = isinstance(learning_rate, str) and learning_rate == "auto"
+        if learning_rate is not None and not auto:
+            check_number(
+                *("learning_rate", learning_rate),
+                above=0,
+                at_most=_LARGEST,
+                or_else="'auto'",
+            )
+        if auto and probe_data is None:
+            raise ValueError(
+                "Argument `learning_rate` needs `probe_data` to be found: the range "
+                "test trains and measures on them. "
+                "Received: learning_rate='auto', probe_data=None"
+            )
         if reference is not None and not callable(reference):
             check_number("reference", reference, above=0)
         if not isinstance(verbose, (int, np.integer)):
@@ -213,6 +231,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.seed = seed
         self.verbose = verbose
         self.history = []
+        self.lr_range = None
         # Keras may call batch hooks from another thread unless told otherwise. With
         # readings after epochs ours only keeps count; in batches, order matters.
         self.async_safe = per_epoch
@@ -225,7 +244,11 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.history = []
         self._controller = self._rollback = None
-        if self.learning_rate is not None:
+        self.lr_range = None
+        if self._is_auto():
+            # An optimizer whose rate cannot be set is refused now.
+            rates.set_base(self.model, rates.base_rate(self.model))
+        elif self.learning_rate is not None:
             rates.set_base(self.model, self.learning_rate)
         if self.probe_data is None:
             self._rates = rates.NetworkRate(self.model)
@@ -241,7 +264,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._probe = probe.Probe(
                 self.model, sample, self._output_readout(), groups, layer_readout
             )
-        check_bounds(self._rates.get(), self.min_lr, self.max_lr)
+        if not self._is_auto():
+            check_bounds(self._rates.get(), self.min_lr, self.max_lr)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -295,12 +319,18 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
         self._since_reading = 0
+        max_lr = self.max_lr
+        if self._is_auto():
+            self._find_rate()
+            if max_lr is None:
+                scale = self._rates.get().max() / self.lr_range.best_lr
+                max_lr = scale * max(self.lr_range.max_lr, self.min_lr)
         self._controller = Controller(
             self._rates,
             self._policy,
             self.reference,
             self.min_lr,
-            self.max_lr,
+            max_lr,
             self._planned_steps(epoch),
             self._noise,
         )
@@ -320,6 +350,36 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.rollback and self.model.built:
             self._rollback = Rollback(self.model)
             self._rollback.keep(self._output(infos), infos)
+
+    def _is_auto(self):
+        return isinstance(self.learning_rate, str)
+
+    def _find_rate(self):
+        data, batch_size = self.probe_data, None
+        x, y, weight = data, None, None
+        if isinstance(data, tuple):
+            x, y, weight = (*data, None)[:3]
+            steps = self.params.get("steps")
+            batch_size = -(-len(y) // steps) if steps else None
+        try:
+            self.lr_range = lr_range_test(
+                self.model,
+                x,
+                y,
+                batch_size=batch_size,
+                probe_size=self.probe_size,
+                seed=self.seed,
+                verbose=self.verbose,
+                sample_weight=weight,
+            )
+        except (TypeError, ValueError) as error:
+            message = str(error).replace("`x`", "`probe_data`")
+            raise type(error)(message) from error
+        high = math.inf if self.max_lr is None else self.max_lr
+        rate = min(max(self.lr_range.best_lr, self.min_lr), high)
+        rates.set_base(self.model, rate)
+        if self.verbose > 0:
+            _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
     def _update(self, logs, mid_epoch=False):
         """Takes a reading and sets the next rates."""

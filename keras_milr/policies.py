@@ -8,7 +8,8 @@ across layers: it keeps the ratio between their rates within `max_ratio`.
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
 relative to a reference measure. `RelativeChange` and `ReferenceLevel` are of these two
-kinds; their formulas are our own.
+kinds, and `ThresholdDecay` decays between bounds as the second paper does; their
+formulas are our own.
 """
 
 from collections.abc import Callable
@@ -205,39 +206,151 @@ class ReferenceLevel(_Configured):
         self.max_ratio = max_ratio
 
     def __call__(self, reading: Reading) -> np.ndarray:
-        negligible = np.maximum(self.hold * reading.reference, reading.noise)
-        missing = reading.reference - reading.information
-        before = reading.reference - reading.previous
-        change = _change(reading)
-        gain = change / np.maximum(before, negligible)
-
+        gain, missing, negligible = _gain(reading, self.hold)
         lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
         kept = np.clip(gain / self.share, self.cut, 1.0)
         rate = np.maximum(reading.rate * kept, lowest)
-
-        may_grow = (
-            (reading.step <= self.grow_steps)
-            & (reading.rollbacks == 0)
-            & (reading.rate >= reading.peak_rate)
-            & (change >= 0)
-            & (reading.information < self.grow_below * reading.reference)
-        )
-        early = reading.information < 0.5 * reading.reference
-        rate = np.where(may_grow & (gain > self.share), 2 * reading.rate, rate)
-        rate = np.where(may_grow & early, 3 * reading.rate, rate)
+        rate = _grown(rate, reading, gain, self.share, self)
         rate = np.where(missing < negligible, reading.rate, rate)
         return _within_ratio(rate, reading, self.max_ratio)
 
 
-_POLICIES = {"relative": RelativeChange, "reference": ReferenceLevel}
+@keras.saving.register_keras_serializable(package="keras_milr")
+class ThresholdDecay(_Configured):
+    """Explores while the information grows, then decays over the steps that remain.
+
+    With the information I of this reading and I' of the previous one, all nats, and g
+    and `missing` as of `ReferenceLevel`:
+
+    1. *Explore.* While the rate was never lowered, more than `tail` of the planned
+       readings remain, and g >= threshold, or nothing measurable is missing: the rate
+       stays. In the first `grow_steps` readings, while the information does not fall,
+       it rises: × 3 if less than half of the reference is reached, else × 2 if
+       g > threshold and less than `grow_below` of the reference is reached.
+    2. *Decay.* From the first reading that gains less, or with `tail` of the readings
+       left, at the latest:
+
+           rate ← rate × ((left − ½) / (left + ½)) ^ power
+           power = 1 + sharpness × missing / reference
+
+       where `left` is the number of readings to come: a ramp that ends with the
+       training, and never below `floor` times the highest rate so far. A network that
+       knows nearly everything comes down along a straight line; the more is missing
+       that it does not learn any more, such as noise in the labels, the lower it gets.
+       So the decay survives saturation: where nothing is missing the rate falls with
+       the time that is left, and no faster.
+
+    Where the number of readings is not known, 2. is that of `ReferenceLevel`: rate ×
+    clip(g / threshold, cut, 1), and the rate stays where nothing measurable is missing.
+
+    A change within the noise is no change (g = 0). The formula is our own. That
+    information decides when and between which bounds a rate decays is the idea of
+    Vasudevan (2020).
+
+    Args:
+        threshold: Share of the missing information that a reading must gain for the
+            exploration to go on. Larger values decay sooner. Defaults to `0.05`.
+        tail: Share of the planned readings in which the rate decays in any case.
+            Defaults to `0.4`.
+        sharpness: How much steeper the decay is the more information is missing; 0 for
+            a straight line to zero. Defaults to `2`.
+        cut: Smallest factor by which one reading may lower the rate, where the number
+            of readings is not known. Defaults to `0.5`.
+        hold: Share of the reference below which missing information does not count.
+            Defaults to `0.02`.
+        floor: Lowest rate, as a share of the highest so far. Defaults to `0.001`.
+        grow_steps: Number of first readings in which the rate may grow; 0 to never
+            raise it. Defaults to `8`.
+        grow_below: Share of the reference beyond which the rate is not raised.
+            Defaults to `0.8`.
+        max_ratio: With several rates, the largest ratio between two of them, both in
+            units of their start; the lowest are raised to it. Defaults to `30`.
+
+    Raises:
+        ValueError: for a `threshold`, `tail`, `cut`, `floor` or `grow_below` outside
+            (0, 1], a `hold` outside (0, 1), a negative `sharpness` or `grow_steps`, or
+            `max_ratio < 1`.
+    """
+
+    _constants = (
+        *("threshold", "tail", "sharpness", "cut", "hold", "floor"),
+        *("grow_steps", "grow_below", "max_ratio"),
+    )
+
+    def __init__(
+        self,
+        threshold: float = 0.05,
+        tail: float = 0.4,
+        sharpness: float = 2.0,
+        cut: float = 0.5,
+        hold: float = 0.02,
+        floor: float = 0.001,
+        grow_steps: int = 8,
+        grow_below: float = 0.8,
+        max_ratio: float = 30.0,
+    ):
+        for name, value in (
+            ("threshold", threshold),
+            ("tail", tail),
+            ("cut", cut),
+            ("floor", floor),
+            ("grow_below", grow_below),
+        ):
+            check_number(name, value, above=0, at_most=1)
+        check_number("sharpness", sharpness, at_least=0)
+        check_number("hold", hold, above=0, below=1)
+        check_integer("grow_steps", grow_steps, at_least=0)
+        check_number("max_ratio", max_ratio, at_least=1)
+        self.threshold = threshold
+        self.tail = tail
+        self.sharpness = sharpness
+        self.cut = cut
+        self.hold = hold
+        self.floor = floor
+        self.grow_steps = grow_steps
+        self.grow_below = grow_below
+        self.max_ratio = max_ratio
+
+    def __call__(self, reading: Reading) -> np.ndarray:
+        gain, missing, negligible = _gain(reading, self.hold)
+        saturated = missing < negligible
+        if reading.steps is None:
+            factor = np.clip(gain / self.threshold, self.cut, 1.0)
+            factor = np.where(saturated, 1.0, factor)
+            late = False
+        else:
+            # After the last reading nothing is left to decay for.
+            left = max(reading.steps - reading.step, 0)
+            share = np.maximum(missing, 0.0) / reading.reference
+            ramp = (left - 0.5) / (left + 0.5) if left > 0 else 1.0
+            factor = ramp ** (1.0 + self.sharpness * share)
+            late = left < self.tail * reading.steps
+        exploring = (
+            (reading.rate >= reading.peak_rate)
+            & ((gain >= self.threshold) | saturated)
+            & (not late)
+        )
+        lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
+        rate = np.maximum(reading.rate * factor, lowest)
+        rate = np.where(exploring, reading.rate, rate)
+        if not late:
+            rate = _grown(rate, reading, gain, self.threshold, self)
+        return _within_ratio(rate, reading, self.max_ratio)
+
+
+_POLICIES = {
+    "relative": RelativeChange,
+    "reference": ReferenceLevel,
+    "decay": ThresholdDecay,
+}
 
 
 def get(identifier) -> Policy:
     """The policy that `identifier` names.
 
     Args:
-        identifier: `"relative"`, `"reference"`, a serialised policy (dict), or a
-            callable `policy(reading) -> rate`, which is returned as it is.
+        identifier: `"relative"`, `"reference"`, `"decay"`, a serialised policy (dict),
+            or a callable `policy(reading) -> rate`, which is returned as it is.
 
     Raises:
         ValueError: for a name that is not known.
@@ -265,6 +378,28 @@ def _change(reading: Reading) -> np.ndarray:
     """Change of the information since the previous reading, 0 within the noise."""
     change = reading.information - reading.previous
     return np.where(np.abs(change) <= reading.noise, 0.0, change)
+
+
+def _gain(reading: Reading, hold: float):
+    """Share gained of the information that was missing; what is missing; negligible."""
+    negligible = np.maximum(hold * reading.reference, reading.noise)
+    missing = reading.reference - reading.information
+    before = reading.reference - reading.previous
+    return _change(reading) / np.maximum(before, negligible), missing, negligible
+
+
+def _grown(rate, reading: Reading, gain, threshold, policy) -> np.ndarray:
+    """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
+    may_grow = (
+        (reading.step <= policy.grow_steps)
+        & (reading.rollbacks == 0)
+        & (reading.rate >= reading.peak_rate)
+        & (gain >= 0)
+        & (reading.information < policy.grow_below * reading.reference)
+    )
+    early = reading.information < 0.5 * reading.reference
+    rate = np.where(may_grow & (gain > threshold), 2 * reading.rate, rate)
+    return np.where(may_grow & early, 3 * reading.rate, rate)
 
 
 def _within_ratio(rates, reading: Reading, max_ratio: float) -> np.ndarray:

@@ -298,11 +298,11 @@ class _Trial:
     def _collapsed(self, row):
         """Whether most of what was known at a lower rate, or at the start, is lost.
 
-        With the loss of a constant predictor, H(Y), or a higher one. If training had
-        added nothing so far, the loss has to be worse than before too: predictions that
-        become less sure of what is wrong pass through a state without information on
-        their way to learning. Where nothing was known there is nothing to lose, and
-        the loss has to be far beyond.
+        With the loss of a constant predictor, H(Y), or a higher one. Where something is
+        still known, or training had added nothing so far, the loss has to be worse than
+        before too: predictions that become less sure of what is wrong pass through a
+        state with less information on their way to learning. Where nothing was known
+        there is nothing to lose, and the loss has to be far beyond.
         """
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
@@ -310,7 +310,8 @@ class _Trial:
         if known < 0.05 * entropy:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
         limit = 0.95 * entropy
-        if known < 1.1 * self.start.info.accessible:
+        added = known > 1.1 * self.start.info.accessible
+        if not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
         return row.info.accessible < known / 2 and not row.loss < limit
@@ -396,13 +397,22 @@ def _moved(trial):
 
 
 def _best(trial):
-    """The row with the most information; where nothing moved it, the lowest loss."""
+    """The row with the most information.
+
+    Of rows that have as much but for a tenth of what was gained, or where nothing moved
+    the information at all, the one with the lowest loss, which is less coarse.
+    """
     moved = _moved(trial)
     if moved:
-        return max(moved, key=lambda row: row.info.accessible)
-    trained = _trained(trial.rows)
-    known = [row for row in trained if not math.isnan(row.loss)]
-    return min(known or trained, key=lambda row: row.loss, default=None)
+        most = max(row.info.accessible for row in moved)
+        least = most - 0.1 * (most - trial.start.info.accessible)
+        rows = [row for row in moved if row.info.accessible >= least]
+    else:
+        rows = _trained(trial.rows)
+    known = [row for row in rows if not math.isnan(row.loss)]
+    if not known:
+        return max(rows, key=lambda row: row.info.accessible, default=None)
+    return min(known, key=lambda row: row.loss)
 
 
 def _margin(steps):

@@ -4,6 +4,8 @@ import math
 
 import keras
 
+from keras_milr.untouched import has_statistics
+
 MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # share of H(Y)
 _SAME = 1e-6  # outputs that differ by less are the same
@@ -63,6 +65,10 @@ class Rollback:
         if not weights_finite or not (scaled or math.isfinite(loss)):
             return "the loss or the weights are not finite"
         if self._best is None:
+            return None
+        # Statistics of batch normalisation lag behind the weights for some hundred
+        # batches: what inference mode reads is worse than what is trained.
+        if has_statistics(self._model) and loss < 0.9 * output.entropy:
             return None
         return collapse(output, self._best, self._first)
 

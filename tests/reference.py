@@ -167,6 +167,53 @@ def reference_level(
     return max(kept, min(floor * r["peak_rate"], r["rate"]))
 
 
+def threshold_decay(
+    r,
+    threshold=0.05,
+    tail=0.4,
+    sharpness=2.0,
+    cut=0.5,
+    hold=0.02,
+    floor=0.001,
+    grow_steps=8,
+    grow_below=0.8,
+):
+    negligible = max(hold * r["reference"], r["noise"])
+    missing = r["reference"] - r["information"]
+    change = r["information"] - r["previous"]
+    if abs(change) <= r["noise"]:
+        change = 0.0
+    gain = change / max(r["reference"] - r["previous"], negligible)
+    known = r["steps"] is not None
+    left = max(r["steps"] - r["step"], 0) if known else None
+    late = known and left < tail * r["steps"]
+    if (
+        not late
+        and r["step"] <= grow_steps
+        and r["rollbacks"] == 0
+        and r["rate"] >= r["peak_rate"]
+        and change >= 0
+        and r["information"] < grow_below * r["reference"]
+    ):
+        if r["information"] < 0.5 * r["reference"]:
+            return 3 * r["rate"]
+        if gain > threshold:
+            return 2 * r["rate"]
+    learning = gain >= threshold or missing < negligible
+    if not late and r["rate"] >= r["peak_rate"] and learning:
+        return r["rate"]
+    if not known:
+        if missing < negligible:
+            return r["rate"]
+        factor = min(max(gain / threshold, cut), 1.0)
+    elif left == 0:
+        factor = 1.0
+    else:
+        power = 1 + sharpness * max(missing, 0.0) / r["reference"]
+        factor = ((2 * left - 1) / (2 * left + 1)) ** power
+    return max(r["rate"] * factor, min(floor * r["peak_rate"], r["rate"]))
+
+
 def within_ratio(rates, r, max_ratio=30.0):
     """No rate, in units of its start, further than `max_ratio` below another."""
     highest = max(

@@ -10,6 +10,7 @@ from tests import reference
 POLICIES = [
     (policies.RelativeChange, reference.relative_change),
     (policies.ReferenceLevel, reference.reference_level),
+    (policies.ThresholdDecay, reference.threshold_decay),
 ]
 OTHER_CONSTANTS = {
     policies.RelativeChange: dict(
@@ -23,6 +24,13 @@ OTHER_CONSTANTS = {
         zip(
             policies.ReferenceLevel._constants,
             (0.3, 0.2, 0.1, 0.05, 15, 0.6, 1.5),
+            strict=True,
+        )
+    ),
+    policies.ThresholdDecay: dict(
+        zip(
+            policies.ThresholdDecay._constants,
+            (0.2, 0.8, 0.5, 0.3, 0.1, 0.2, 15, 0.6, 1.5),
             strict=True,
         )
     ),
@@ -96,6 +104,7 @@ def test_unit_free(policy, reading, unit):
         (reading.information, 0.5 * reading.reference),
         (reading.information, 0.8 * reading.reference),
         (gain, 0.1),
+        (gain, 0.05),
     ):
         assume(np.all(np.abs(value - threshold) > 1e-6 * reading.reference))
     np.testing.assert_allclose(policy(other), policy(reading), rtol=1e-6)
@@ -113,9 +122,12 @@ def test_the_rate_itself_only_scales(policy, reading):
 @given(reading=readings())
 def test_bounded_per_step(policy, reading):
     factor = policy(reading) / reading.rate
-    low, high = {"RelativeChange": (1 / 1.5, 1.5), "ReferenceLevel": (0.5, 3)}[
-        type(policy).__name__
-    ]
+    low, high = {
+        "RelativeChange": (1 / 1.5, 1.5),
+        "ReferenceLevel": (0.5, 3),
+        # The last but one reading, with everything missing.
+        "ThresholdDecay": ((1 / 3) ** 3, 3),
+    }[type(policy).__name__]
     assert np.all(np.isfinite(factor))
     assert low * (1 - 1e-12) <= factor <= high * (1 + 1e-12)
 
@@ -248,7 +260,49 @@ class TestReferenceLevel:
         assert never(make_reading(**early)) == 0.01
 
 
+class TestThresholdDecay:
+    policy = staticmethod(policies.ThresholdDecay())
+
+    def test_explores_while_a_reading_gains_enough(self):
+        # 0.04 of 0.54 missing is more than a twentieth.
+        reading = make_reading(step=10, steps=40, previous=1.46)
+        assert self.policy(reading) == 0.01
+        assert self.policy(make_reading(step=10, steps=40, previous=1.48)) < 0.01
+
+    def test_saturation_is_no_reason_to_decay(self):
+        full = make_reading(step=10, steps=40, information=1.99, previous=1.99)
+        assert self.policy(full) == 0.01
+        unknown = make_reading(step=10, information=1.99, previous=1.99)
+        assert self.policy(unknown) == 0.01
+
+    def test_decays_in_the_tail_in_any_case(self):
+        for information in (1.5, 1.99):
+            reading = make_reading(step=25, steps=40, information=information)
+            assert self.policy(reading) < 0.01
+
+    @pytest.mark.parametrize(("missing", "power"), [(0.0, 1), (0.5, 2), (1.0, 3)])
+    def test_ends_with_the_training(self, missing, power):
+        """In closed form: the product telescopes, from 30 readings to go."""
+        information = 2 * (1 - missing)
+        reading = make_reading(
+            peak_rate=0.02, information=information, previous=information, steps=40
+        )
+        for step in range(10, 41):
+            rate = self.policy(reading._replace(step=step))
+            reading = reading._replace(rate=rate)
+        expected = max(0.01 * (1 / 61) ** power, 0.001 * 0.02)
+        assert rate[0] == pytest.approx(expected)
+
+    def test_grows_early_but_not_in_the_tail(self):
+        early = {"step": 3, "previous": 0.5, "information": 0.9}
+        assert self.policy(make_reading(steps=40, **early)) == pytest.approx(0.03)
+        assert self.policy(make_reading(steps=4, **early)) < 0.01
+        never = policies.ThresholdDecay(grow_steps=0)
+        assert never(make_reading(steps=40, **early)) == 0.01
+
+
 def test_get():
+    assert isinstance(policies.get("decay"), policies.ThresholdDecay)
     assert isinstance(policies.get("relative"), policies.RelativeChange)
     assert isinstance(policies.get("reference"), policies.ReferenceLevel)
 
@@ -276,7 +330,7 @@ def test_get():
     ],
 )
 def test_unknown_policies(identifier, error):
-    with pytest.raises(error, match=r"`policy` must be one of \['reference', 'relat"):
+    with pytest.raises(error, match=r"`policy` must be one of \['decay', 'refer"):
         policies.get(identifier)
 
 
@@ -295,6 +349,15 @@ def test_unknown_policies(identifier, error):
         (policies.ReferenceLevel, "grow_below", 0.0),
         (policies.RelativeChange, "max_ratio", 0.5),
         (policies.ReferenceLevel, "max_ratio", float("inf")),
+        (policies.ThresholdDecay, "threshold", 0),
+        (policies.ThresholdDecay, "tail", 1.5),
+        (policies.ThresholdDecay, "sharpness", -0.1),
+        (policies.ThresholdDecay, "cut", 0.0),
+        (policies.ThresholdDecay, "hold", 1.0),
+        (policies.ThresholdDecay, "floor", float("nan")),
+        (policies.ThresholdDecay, "grow_steps", 1.5),
+        (policies.ThresholdDecay, "grow_below", 2),
+        (policies.ThresholdDecay, "max_ratio", 0.5),
     ],
 )
 def test_bad_constants(policy, name, value):

@@ -1,0 +1,245 @@
+"""Real data and small networks to compare learning rates on.
+
+Half of them are for tuning: whatever is chosen, a policy, a constant, is chosen on
+them. The others are run once everything is frozen. Sets are cut to 10,000 samples and
+the trainings to few epochs, so that hundreds of them fit into hours. The order of
+samples, and what is cut, never changes: seeds change initial weights and batches.
+
+MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
+the others from a folder of UCI sets (`--uci`, or the environment variable
+KERAS_MILR_UCI). A workload whose data are not there is skipped.
+"""
+
+import csv
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+
+UCI = os.environ.get("KERAS_MILR_UCI", "uci")
+
+
+class Workload(NamedTuple):
+    """What is trained on what, and for how long.
+
+    Attributes:
+        half: "tuning" or "unseen".
+        load: Function from the UCI folder to (x, y), (test x, test y).
+        layers: Function from (x, number of classes) to the layers of the network.
+        optimizer: "sgd" (momentum 0.9) or "adam".
+        batch_size: Samples in a step.
+        epochs: Length of a training.
+        target: The score whose time is taken, fixed beforehand.
+        balanced: Whether the score is balanced accuracy, else accuracy.
+    """
+
+    half: str
+    load: Callable
+    layers: Callable
+    optimizer: str
+    batch_size: int
+    epochs: int
+    target: float
+    balanced: bool = False
+
+
+def _split(x, y, train, test):
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order].astype("int32")
+    return (x[:train], y[:train]), (x[train : train + test], y[train : train + test])
+
+
+def _digits(uci):
+    x, y = load_digits(return_X_y=True)
+    return _split((x / 16).astype("float32"), y, 1437, 360)
+
+
+def _images(name, train=10_000, test=5_000):
+    (x, y), (test_x, test_y) = getattr(keras.datasets, name).load_data()
+    x, test_x = (
+        (a.reshape(len(a), *x.shape[1:3], -1) / 255).astype("float32")
+        for a in (x[:train], test_x[:test])
+    )
+    return (x, y[:train].astype("int32").ravel()), (
+        test_x,
+        test_y[:test].astype("int32").ravel(),
+    )
+
+
+def _noisy(load, share, classes):
+    """Some training labels are drawn anew; test labels are as they were."""
+
+    def noisy(uci):
+        (x, y), test = load(uci)
+        rng = np.random.default_rng(1)
+        drawn = rng.integers(0, classes, len(y)).astype("int32")
+        return (x, np.where(rng.random(len(y)) < share, drawn, y)), test
+
+    return noisy
+
+
+def _table(name, train, test, divisor=None):
+    def load(uci):
+        data = np.load(Path(uci) / f"{name}.npz")
+        x = data["x"] / divisor if divisor else np.log1p(data["x"])
+        return _split(x.astype("float32"), data["y"], train, test)
+
+    return load
+
+
+def _long_tail(load, ratio):
+    """Class k keeps a share ratio^(−k / (K − 1)) of its training samples."""
+
+    def tail(uci):
+        (x, y), test = load(uci)
+        classes = y.max() + 1
+        rank = np.array([np.sum(y[:i] == y[i]) for i in range(len(y))])
+        share = ratio ** (-np.arange(classes) / (classes - 1))
+        kept = rank < (share * np.bincount(y).min())[y]
+        return (x[kept], y[kept]), test
+
+    return tail
+
+
+def _adult(uci):
+    with gzip.open(Path(uci) / "adult-train.csv.gz", "rt") as file:
+        rows = [[c.strip() for c in row] for row in csv.reader(file) if len(row) == 15]
+    columns = []
+    for column in list(zip(*rows, strict=True))[:-1]:
+        try:
+            values = np.array(column, "float64")
+            values = np.log1p(values)
+            columns.append((values - values.mean()) / values.std())
+        except ValueError:
+            columns.extend(
+                np.array([c == kind for c in column], "float64")
+                for kind in sorted(set(column))
+            )
+    y = np.array([row[-1] == ">50K" for row in rows])
+    return _split(np.stack(columns, 1).astype("float32"), y, 10_000, 5_000)
+
+
+def _sms(uci):
+    with gzip.open(Path(uci) / "SMSSpamCollection.gz", "rt", encoding="utf-8") as file:
+        pairs = [line.rstrip("\n").split("\t", 1) for line in file]
+    vectors = keras.layers.TextVectorization(4000, output_sequence_length=40)
+    texts = [text for _, text in pairs]
+    vectors.adapt(texts)
+    x = keras.ops.convert_to_numpy(vectors(texts)).astype("int32")
+    return _split(x, np.array([kind == "spam" for kind, _ in pairs]), 3_500, 2_074)
+
+
+def _two_classes(first, second, few):
+    """Two kinds of Fashion-MNIST that look alike, the second one rare."""
+
+    def load(uci):
+        (x, y), (test_x, test_y) = _images("fashion_mnist", 60_000, 10_000)
+        chosen = np.concatenate(
+            [np.flatnonzero(y == first)[:5_000], np.flatnonzero(y == second)[:few]]
+        )
+        chosen = np.random.default_rng(0).permutation(chosen)
+        shown = (test_y == first) | (test_y == second)
+        return (x[chosen], (y[chosen] == second).astype("int32")), (
+            test_x[shown],
+            (test_y[shown] == second).astype("int32"),
+        )
+
+    return load
+
+
+def _mlp(x, classes):
+    return [
+        keras.Input(x.shape[1:]),
+        keras.layers.Flatten(),
+        keras.layers.Dense(64, activation="relu"),
+        keras.layers.Dense(64, activation="relu"),
+        keras.layers.Dense(classes, activation="softmax"),
+    ]
+
+
+def _cnn(x, classes):
+    return [
+        keras.Input(x.shape[1:]),
+        keras.layers.Conv2D(12, 5, strides=2, activation="relu"),
+        keras.layers.Conv2D(24, 3, strides=2, activation="relu"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(64, activation="relu"),
+        keras.layers.Dense(classes, activation="softmax"),
+    ]
+
+
+def _bag_of_words(x, classes):
+    return [
+        keras.Input(x.shape[1:], dtype="int32"),
+        keras.layers.Embedding(4000, 16),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(32, activation="relu"),
+        keras.layers.Dense(classes, activation="softmax"),
+    ]
+
+
+def _resnet(x, classes):
+    """Batch normalisation and residuals, as a list of one functional block."""
+    inputs = keras.Input(x.shape[1:])
+    h = keras.layers.Conv2D(12, 3, strides=2, use_bias=False)(inputs)
+    for filters, stride in ((12, 1), (24, 2)):
+        h = keras.layers.BatchNormalization(momentum=0.9)(h)
+        h = keras.layers.ReLU()(h)
+        r = keras.layers.Conv2D(filters, 3, stride, "same", use_bias=False)(h)
+        r = keras.layers.BatchNormalization(momentum=0.9)(r)
+        r = keras.layers.ReLU()(r)
+        r = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(r)
+        h = keras.layers.Conv2D(filters, 1, stride, use_bias=False)(h)
+        h = keras.layers.Add()([h, r])
+    h = keras.layers.BatchNormalization(momentum=0.9)(h)
+    h = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(h))
+    outputs = keras.layers.Dense(classes, activation="softmax")(h)
+    return [inputs, keras.Model(inputs, outputs)]
+
+
+def _mnist(uci):
+    return _images("mnist")
+
+
+def _fashion(uci):
+    return _images("fashion_mnist")
+
+
+_pendigits = _table("pendigits", 7_494, 3_498, 100)
+_optdigits_few = _table("optdigits", 200, 5_000, 16)
+_spam = _table("spambase", 3_000, 1_601)
+
+WORKLOADS = {
+    "digits": Workload("tuning", _digits, _mlp, "sgd", 32, 20, 0.96),
+    "fashion, MLP": Workload("tuning", _fashion, _mlp, "sgd", 64, 10, 0.84),
+    "fashion, CNN": Workload("tuning", _fashion, _cnn, "adam", 64, 6, 0.84),
+    "adult": Workload("tuning", _adult, _mlp, "adam", 64, 8, 0.84),
+    "pendigits, long tail": Workload(
+        *("tuning", _long_tail(_pendigits, 50), _mlp, "sgd", 32, 25, 0.90, True)
+    ),
+    "fashion, 20 % noise": Workload(
+        *("tuning", _noisy(_fashion, 0.2, 10), _mlp, "sgd", 64, 10, 0.80)
+    ),
+    "MNIST, CNN": Workload("unseen", _mnist, _cnn, "sgd", 64, 6, 0.96),
+    "pendigits": Workload("unseen", _pendigits, _mlp, "adam", 64, 10, 0.97),
+    "spam": Workload("unseen", _spam, _mlp, "sgd", 32, 15, 0.92),
+    "SMS": Workload("unseen", _sms, _bag_of_words, "adam", 32, 10, 0.92, True),
+    "fashion, ResNet": Workload(*("unseen", _fashion, _resnet, "sgd", 64, 5, 0.82)),
+    "optdigits, 200 samples": Workload(
+        *("unseen", _optdigits_few, _mlp, "adam", 16, 30, 0.88)
+    ),
+    "shirts, 96:4": Workload(
+        *("unseen", _two_classes(0, 6, 208), _mlp, "sgd", 64, 12, 0.65, True)
+    ),
+    "MNIST, 30 % noise": Workload(
+        *("unseen", _noisy(_mnist, 0.3, 10), _cnn, "adam", 64, 6, 0.90)
+    ),
+    "CIFAR-10": Workload(
+        *("unseen", lambda uci: _images("cifar10"), _cnn, "adam", 64, 8, 0.50)
+    ),
+}

@@ -1,0 +1,161 @@
+"""`learning_rate="auto"`: the range test in `fit`, then the policy in its bounds."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_milr
+from keras_milr import MutualInformationLR, lr_range_test
+
+
+@pytest.fixture(scope="module")
+def data(digits):
+    return tuple(a[:640] for a in digits)
+
+
+def make_model(optimizer=None, seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Dense(16, activation="relu", name="body"),
+            keras.layers.BatchNormalization(momentum=0.9, name="norm"),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(10, activation="softmax", name="head"),
+        ]
+    )
+    model.compile(
+        optimizer or keras.optimizers.SGD(0.123, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def fit(model, data, callback, **arguments):
+    arguments = {"epochs": 3, "verbose": 0, "batch_size": 10} | arguments
+    return model.fit(*data, callbacks=[callback], **arguments)
+
+
+def test_it_trains_as_from_the_rate_that_the_range_test_finds(data):
+    """Bit for bit: the range test in `fit` leaves no trace in what follows."""
+    auto = MutualInformationLR(probe_data=data, learning_rate="auto")
+    model = make_model()
+    logs = fit(model, data, auto).history
+    other = make_model()
+    found = lr_range_test(other, *data, batch_size=10, verbose=0)
+    by_hand = MutualInformationLR(
+        probe_data=data, learning_rate=found.best_lr, max_lr=found.max_lr
+    )
+    assert fit(make_model(), data, by_hand).history == logs
+    other = make_model()
+    fit(other, data, by_hand)
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert auto.history == by_hand.history
+    for a, b in zip(auto.lr_range, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert logs["learning_rate"][0] == pytest.approx(found.best_lr)
+
+
+def test_the_policy_stays_within_the_rates_that_trained(data):
+    callback = MutualInformationLR(
+        lambda reading: 1e3 * reading.rate, data, learning_rate="auto", rollback=False
+    )
+    rates = fit(make_model(), data, callback).history["learning_rate"]
+    assert rates[-1] == pytest.approx(callback.lr_range.max_lr)
+
+
+@pytest.mark.parametrize("bounds", [{"max_lr": 1e-3}, {"min_lr": 0.5}])
+def test_given_bounds_hold(data, bounds):
+    callback = MutualInformationLR(
+        *(lambda reading: reading.rate, data),
+        learning_rate="auto",
+        rollback=False,
+        **bounds,
+    )
+    rates = fit(make_model(), data, callback, epochs=1).history["learning_rate"]
+    assert rates == pytest.approx(list(bounds.values()))
+
+
+def test_batches_of_a_dataset_are_its_own(data, capsys):
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+    callback = MutualInformationLR(probe_data=dataset, learning_rate="auto", verbose=1)
+    make_model().fit(dataset, epochs=1, verbose=0, callbacks=[callback], shuffle=False)
+    printed = capsys.readouterr().out
+    assert "of 8 samples each" in printed
+    assert f"starting with learning rate {callback.lr_range.best_lr:.4g}" in printed
+
+
+def test_weights_are_taken_along(data):
+    weight = np.random.default_rng(0).random(len(data[1])).astype("float32")
+    weighted = (*data, weight)
+    callback = MutualInformationLR(probe_data=weighted, learning_rate="auto")
+    fit(make_model(), data, callback, epochs=1)
+    found = lr_range_test(
+        make_model(), *data, sample_weight=weight, batch_size=10, verbose=0
+    )
+    np.testing.assert_array_equal(callback.lr_range.loss, found.loss)
+
+
+def test_with_layers_the_base_is_found_and_multipliers_start_as_they_are(data):
+    optimizer = keras_milr.LayerwiseOptimizer(
+        keras.optimizers.SGD(0.123, momentum=0.9), {"body": 0.5}
+    )
+    callback = MutualInformationLR(
+        lambda reading: reading.rate, data, layers="all", learning_rate="auto"
+    )
+    logs = fit(make_model(optimizer), data, callback, epochs=1).history
+    best = callback.lr_range.best_lr
+    assert logs["learning_rate"] == pytest.approx([best])
+    assert logs["learning_rate/body"] == pytest.approx([0.5 * best])
+    assert logs["learning_rate/head"] == pytest.approx([best])
+
+
+def test_a_second_fit_finds_anew(data):
+    model = make_model()
+    callback = MutualInformationLR(probe_data=data, learning_rate="auto")
+    fit(model, data, callback)
+    first = callback.lr_range
+    fit(model, data, callback)
+    assert callback.lr_range.start > first.start
+
+
+class TestRefused:
+    def test_without_a_probe(self):
+        with pytest.raises(ValueError, match="`learning_rate` needs `probe_data`"):
+            MutualInformationLR(learning_rate="auto")
+
+    @pytest.mark.parametrize("rate", ["Auto", True, [1e-3]])
+    def test_other_than_a_number_or_auto(self, rate, data):
+        with pytest.raises(TypeError, match=r"`learning_rate` must be .* or 'auto'"):
+            MutualInformationLR(probe_data=data, learning_rate=rate)
+
+    def test_a_schedule_in_the_optimizer(self, data):
+        schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+        for optimizer, layers in (
+            (keras.optimizers.SGD(schedule), None),
+            (keras_milr.LayerwiseOptimizer(keras.optimizers.SGD(schedule)), "all"),
+        ):
+            callback = MutualInformationLR(
+                probe_data=data, learning_rate="auto", layers=layers
+            )
+            model = make_model(optimizer)
+            before = model.get_weights()
+            with pytest.raises(ValueError, match="LearningRateSchedule"):
+                fit(model, data, callback)
+            for a, b in zip(model.get_weights(), before, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+    def test_data_that_can_be_read_only_once(self, data):
+        batches = (tuple(a[i : i + 20] for a in data) for i in range(0, 200, 20))
+        callback = MutualInformationLR(probe_data=batches, learning_rate="auto")
+        with pytest.raises(ValueError, match="`probe_data` must be data that can be"):
+            fit(make_model(), data, callback)
+
+
+def test_config(data):
+    callback = MutualInformationLR(probe_data=data, learning_rate="auto")
+    again = MutualInformationLR.from_config(callback.get_config(), probe_data=data)
+    assert again.learning_rate == "auto"
