@@ -41,11 +41,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 from sklearn.metrics import balanced_accuracy_score
+from workloads import UCI, WORKLOADS
 
 import keras_milr
 from keras_milr.information import mutual_information
 
-from workloads import UCI, WORKLOADS
 
 GRID = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
