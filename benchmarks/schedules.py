@@ -11,18 +11,19 @@ Their best rate is chosen by the mean score over the seeds **on the test data**,
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
 (`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours:
 
-- `auto`: `MutualInformationLR(learning_rate="auto")`, with each policy (`auto, decay`),
-  and with a rate for each layer (`auto, layers`);
-- `MI`: the default policy from the optimizer's default rate, and from each rate of
-  1e-4 … 1 given by hand (`MI at 0.01`).
+- `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
+  the other policies (`auto, reference`); and with a rate for each layer
+  (`auto, layers`);
+- `decay`, `reference`, `relative`: from the optimizer's default rate;
+- `MI at 0.01`: the default policy from a rate given by hand, 1e-4 … 1.
 
 Controls, from the rate and bounds that the range test finds, with the policy of `auto`:
 driven by accuracy, by 1 − CE/H(Y) and by the information about shuffled labels; and
 `auto, constant` and `auto, cosine`, in which nothing is measured after the range test.
 
-    python benchmarks/schedules.py --uci path/to/uci
-    python benchmarks/schedules.py --quick             # a few minutes, for CI
-    python benchmarks/schedules.py --report            # tables and figures only
+    python benchmarks/schedules.py --uci path/to/uci   # some two hours
+    python benchmarks/schedules.py --quick             # a few minutes
+    python benchmarks/schedules_report.py results/schedules.jsonl
 """
 
 import argparse
@@ -45,7 +46,6 @@ from workloads import UCI, WORKLOADS
 
 import keras_milr
 from keras_milr.information import mutual_information
-
 
 GRID = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
@@ -264,8 +264,8 @@ def ways(name):
         *((way, rate) for way in SCHEDULES for rate in grid),
         *((way, None) for way in OPTIMIZERS if hasattr(keras.optimizers, way)),
         ("ReduceLROnPlateau", None),
-        *((f"auto, {policy}", None) for policy in POLICIES),
         *(("auto", None), ("auto, layers", None)),
+        *((f"auto, {policy}", None) for policy in POLICIES if policy != "decay"),
         *((f"auto by {signal}", None) for signal in CONTROLS),
         *(("auto, constant", None), ("auto, cosine", None)),
         *((f"{policy}", None) for policy in POLICIES),
@@ -415,7 +415,16 @@ def main():
     parser.add_argument("--uci", default=UCI, help="folder of UCI sets")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("results/schedules.jsonl"))
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed of two workloads, in the ways that matter most",
+    )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.workloads = ["digits", "fashion, CNN"]
+        arguments.seeds = [0]
+        arguments.ways = ["cosine", "Adam", "auto", "decay", "auto by accuracy"]
     execute(arguments)
 
 

@@ -50,7 +50,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--pretrain-epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
-        "--policy", choices=("relative", "reference"), default="relative"
+        "--policy", choices=("relative", "reference", "decay"), default="relative"
     )
     parser.add_argument("--output", type=Path, help="of the figure")
     arguments = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Compares learning rates set from mutual information with a constant rate.
 
 Trains the same network from the same seeds with a constant rate, with
-ReduceLROnPlateau and with each policy of MutualInformationLR; prints one table and
-writes a figure.
+ReduceLROnPlateau, with each policy of MutualInformationLR, and with a rate that
+MutualInformationLR finds itself; prints one table and writes a figure.
 
     python examples/quickstart.py
     python examples/quickstart.py --dataset fashion_mnist --epochs 8 --seeds 1
@@ -99,17 +99,21 @@ def build_model(kind, input_shape, optimizer, learning_rate):
 
 def methods(train):
     """What sets the learning rate, by name: fresh callbacks for one run."""
+
+    def information(policy, **arguments):
+        return lambda: keras_milr.MutualInformationLR(
+            policy, probe_data=train, **arguments
+        )
+
     return {
         "constant": lambda: None,
         "ReduceLROnPlateau": lambda: keras.callbacks.ReduceLROnPlateau(
             factor=0.5, patience=3
         ),
-        "MI, relative": lambda: keras_milr.MutualInformationLR(
-            "relative", probe_data=train
-        ),
-        "MI, reference": lambda: keras_milr.MutualInformationLR(
-            "reference", probe_data=train
-        ),
+        "MI, relative": information("relative"),
+        "MI, reference": information("reference"),
+        "MI, decay": information("decay"),
+        "MI, no rate given": information("decay", learning_rate="auto"),
     }
 
 
@@ -168,7 +172,8 @@ def write_figure(results, entropy, arguments):
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 3.8), layout="constrained"
     )
-    for (name, runs), style in zip(results.items(), ("-", ":", "-", "-"), strict=True):
+    for name, runs in results.items():
+        style = ":" if name == "ReduceLROnPlateau" else "-"
         epochs = np.arange(1, len(runs[0]["curve"]) + 1)
         curves = np.array([r["curve"] for r in runs])
         (line,) = left.plot(epochs, curves.mean(axis=0), style, lw=2, label=name)

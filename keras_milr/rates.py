@@ -34,8 +34,12 @@ class NetworkRate:
         self._model.optimizer.learning_rate = float(rates[0])
 
     def ceiling(self, start: np.ndarray) -> float:
-        """Upper bound, where none is given, after the rates at the start."""
-        return 10.0 * start.max()
+        """Upper bound, where none is given, after the rates at the start.
+
+        Far from it, since a start may be far too low. What a rate that is too high
+        does is rolled back.
+        """
+        return 1000.0 * start.max()
 
 
 class LayerRates:
@@ -106,7 +110,7 @@ class LayerRates:
         optimizer.set_multipliers(multipliers)
 
     def ceiling(self, start: np.ndarray) -> float:
-        """As of a `NetworkRate`, but it moves with the base, which others warm up."""
+        """The same; it moves with the base, which others warm up, and is nearer."""
         return 10.0 * base_rate(self._model) * self._highest
 
     def _optimizer(self):

@@ -99,7 +99,7 @@ class TestSettingTheRate:
         rate = float(callback.model.optimizer.learning_rate)
         assert rate == pytest.approx(1.25e-4)
 
-    @pytest.mark.parametrize("policy", ["relative", "reference"])
+    @pytest.mark.parametrize("policy", ["relative", "reference", "decay"])
     def test_the_whole_loop_equals_the_plain_reference(self, digits, policy):
         """Rates and information, recomputed from the predictions after each epoch."""
         x, y = digits
@@ -117,6 +117,7 @@ class TestSettingTheRate:
 
         plain = {"relative": reference.relative_change}
         plain["reference"] = reference.reference_level
+        plain["decay"] = reference.threshold_decay
         rate = peak = 1e-3
         entropy = reference.entropy(np.bincount(y))
         previous, rates = None, []
@@ -134,6 +135,7 @@ class TestSettingTheRate:
                 "rate": rate,
                 "peak_rate": peak,
                 "step": step,
+                "steps": 8,
                 "rollbacks": 0,
             }
             for key in ("information", "noise", "previous", "reference", "rate"):
@@ -143,7 +145,7 @@ class TestSettingTheRate:
             previous = found["information"]
             if step > 0:
                 rates.append(rate)
-                rate = min(plain[policy](found), 1e-2)
+                rate = plain[policy](found)
                 peak = max(peak, rate)
         np.testing.assert_allclose(history.history["learning_rate"], rates, rtol=1e-3)
 
@@ -196,10 +198,12 @@ class TestSettingTheRate:
             (expected,) = limit.values()
             np.testing.assert_allclose(rates[1:], expected, rtol=1e-6)
 
-    def test_without_an_upper_bound_ten_times_the_start(self, digits):
-        callback = keras_milr.MutualInformationLR(lambda r: r.rate * 100, digits)
+    def test_without_an_upper_bound_a_thousand_times_the_start(self, digits):
+        callback = keras_milr.MutualInformationLR(
+            lambda r: r.rate * 10_000, digits, learning_rate=1e-5
+        )
         rates = fit(callback, digits).history["learning_rate"]
-        np.testing.assert_allclose(rates, [1e-3, 1e-2, 1e-2], rtol=1e-6)
+        np.testing.assert_allclose(rates, [1e-5, 1e-2, 1e-2], rtol=1e-6)
 
     def test_learning_rate_argument(self, digits):
         callback = keras_milr.MutualInformationLR(keep, digits, learning_rate=0.02)

@@ -30,7 +30,8 @@ def test_quickstart(tmp_path):
     assert figure.stat().st_size > 10_000
     rows = re.findall(r"^(.{18}) +(0\.\d+) ±(0\.\d+)", done.stdout, re.MULTILINE)
     names = [name.strip() for name, *_ in rows]
-    assert names == ["constant", "ReduceLROnPlateau", "MI, relative", "MI, reference"]
+    ours = ["MI, relative", "MI, reference", "MI, decay", "MI, no rate given"]
+    assert names == ["constant", "ReduceLROnPlateau", *ours]
     for name, accuracy, spread in rows:
         assert float(accuracy) > 0.9, name
         assert float(spread) < 0.05

@@ -230,9 +230,9 @@ def act(control, times=1):
 
 
 class TestCeiling:
-    def test_of_a_network_ten_times_the_start(self):
-        model = make_model(keras.optimizers.SGD(0.01))
-        control = controller(NetworkRate(model), lambda r: r.rate * 4)
+    def test_of_a_network_a_thousand_times_the_start(self):
+        model = make_model(keras.optimizers.SGD(1e-4))
+        control = controller(NetworkRate(model), lambda r: r.rate * 20)
         act(control, 3)
         assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
 
