@@ -66,8 +66,8 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     Args:
         policy: How a reading becomes the next rate. `"decay"`, `"reference"`,
-            `"relative"`, a policy of `keras_milr.policies`, or any callable `policy(reading) -> rate`
-            of a `keras_milr.policies.Reading`; its result is clipped to the bounds.
+            `"relative"`, a policy of `keras_milr.policies`, or any callable
+            `policy(reading) -> rate` of a `keras_milr.policies.Reading`; its result is clipped to the bounds.
             A callable must be a pure function of the reading: it is called once
             before training, to check its result. To serialise, it must be registered
             with `keras.saving.register_keras_serializable`. Defaults to `"decay"`.
@@ -96,7 +96,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            highest rate that trained, else a thousand times the rate at the start; with
+            rate that learned most in the range test, else a thousand times the rate at the start; with
             `layers` the highest multiplier at the start times the former, or times ten
             times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
@@ -323,8 +323,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._is_auto():
             self._find_rate()
             if max_lr is None:
+                # Beyond it a training learns less, though it may not fail.
                 scale = self._rates.get().max() / self.lr_range.best_lr
-                max_lr = scale * max(self.lr_range.max_lr, self.min_lr)
+                max_lr = scale * max(self.lr_range.peak_lr, self.min_lr)
         self._controller = Controller(
             self._rates,
             self._policy,

@@ -141,10 +141,10 @@ class ReferenceLevel(_Configured):
 
     1. *Hold.* If missing < hold × reference, or missing < noise, nothing measurable is
        missing: the rate stays.
-    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered and
-       the information does not fall: rate × 3 if less than half of the reference is
-       reached, else rate × 2 if g > share and less than `grow_below` of the reference
-       is reached. This mends a start that is far too low.
+    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered, the
+       information does not fall and less than `grow_below` of the reference is reached:
+       rate × 2 if g > share, else rate × 3 if less than half of the reference is
+       reached. This mends a start that is far too low.
     3. Else rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
        of what was missing, cut as the gain shrinks, but never below `floor` times the
        highest rate so far.
@@ -224,9 +224,9 @@ class ThresholdDecay(_Configured):
 
     1. *Explore.* While the rate was never lowered, more than `tail` of the planned
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
-       stays. In the first `grow_steps` readings, while the information does not fall,
-       it rises: × 3 if less than half of the reference is reached, else × 2 if
-       g > threshold and less than `grow_below` of the reference is reached.
+       stays. In the first `grow_steps` readings, while the information does not fall
+       and less than `grow_below` of the reference is reached, it rises: × 2 if
+       g > threshold, else × 3 if less than half of the reference is reached.
     2. *Decay.* From the first reading that gains less, or with `tail` of the readings
        left, at the latest:
 
@@ -398,8 +398,9 @@ def _grown(rate, reading: Reading, gain, threshold, policy) -> np.ndarray:
         & (reading.information < policy.grow_below * reading.reference)
     )
     early = reading.information < 0.5 * reading.reference
-    rate = np.where(may_grow & (gain > threshold), 2 * reading.rate, rate)
-    return np.where(may_grow & early, 3 * reading.rate, rate)
+    learns = gain > threshold
+    rate = np.where(may_grow & learns, 2 * reading.rate, rate)
+    return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
 
 
 def _within_ratio(rates, reading: Reading, max_ratio: float) -> np.ndarray:

@@ -159,10 +159,10 @@ def reference_level(
         and change >= 0
         and r["information"] < grow_below * r["reference"]
     ):
-        if r["information"] < 0.5 * r["reference"]:
-            return 3 * r["rate"]
         if gain > share:
             return 2 * r["rate"]
+        if r["information"] < 0.5 * r["reference"]:
+            return 3 * r["rate"]
     kept = r["rate"] * min(max(gain / share, cut), 1.0)
     return max(kept, min(floor * r["peak_rate"], r["rate"]))
 
@@ -195,10 +195,10 @@ def threshold_decay(
         and change >= 0
         and r["information"] < grow_below * r["reference"]
     ):
-        if r["information"] < 0.5 * r["reference"]:
-            return 3 * r["rate"]
         if gain > threshold:
             return 2 * r["rate"]
+        if r["information"] < 0.5 * r["reference"]:
+            return 3 * r["rate"]
     learning = gain >= threshold or missing < negligible
     if not late and r["rate"] >= r["peak_rate"] and learning:
         return r["rate"]

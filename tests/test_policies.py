@@ -243,11 +243,12 @@ class TestReferenceLevel:
 
     def test_grows_early(self):
         early = {"step": 3, "previous": 0.5, "information": 0.9}
-        assert self.policy(make_reading(**early)) == pytest.approx(0.03)
+        assert self.policy(make_reading(**early)) == pytest.approx(0.02)
         late = early | {"information": 1.5}
         assert self.policy(make_reading(**late)) == pytest.approx(0.02)
-        no_change = early | {"previous": 0.9}
-        assert self.policy(make_reading(**no_change)) == pytest.approx(0.03)
+        for previous in (0.9, 0.87):  # Little or nothing was learned.
+            reading = make_reading(**early | {"previous": previous})
+            assert self.policy(reading) == pytest.approx(0.03)
         for reason in (
             {"step": 9},
             {"rollbacks": 1},
@@ -295,7 +296,9 @@ class TestThresholdDecay:
 
     def test_grows_early_but_not_in_the_tail(self):
         early = {"step": 3, "previous": 0.5, "information": 0.9}
-        assert self.policy(make_reading(steps=40, **early)) == pytest.approx(0.03)
+        assert self.policy(make_reading(steps=40, **early)) == pytest.approx(0.02)
+        slow = early | {"previous": 0.88}
+        assert self.policy(make_reading(steps=40, **slow)) == pytest.approx(0.03)
         assert self.policy(make_reading(steps=4, **early)) < 0.01
         never = policies.ThresholdDecay(grow_steps=0)
         assert never(make_reading(steps=40, **early)) == 0.01
