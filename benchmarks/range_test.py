@@ -18,6 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
+from workloads import UCI
 
 import keras_milr
 
@@ -31,8 +32,8 @@ def digits():
     return (x[:1437], y[:1437]), (x[1437:], y[1437:]), 32, 20
 
 
-def pendigits(path):
-    data = np.load(path)
+def pendigits(uci):
+    data = np.load(Path(uci) / "pendigits.npz")
     x, y = (data["x"] / 100).astype("float32"), data["y"].astype("int32")
     order = np.random.default_rng(0).permutation(len(x))
     x, y = x[order], y[order]
@@ -134,14 +135,12 @@ def main():
     names = ["digits", "pendigits", "fashion"]
     parser.add_argument("--workloads", nargs="+", default=names, choices=names)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--pendigits", default="/work/shared/datasets/uci/pendigits.npz"
-    )
+    parser.add_argument("--uci", default=UCI, help="folder of UCI sets")
     parser.add_argument("--output", default="range_test.json")
     arguments = parser.parse_args()
     data = {
         "digits": digits,
-        "pendigits": lambda: pendigits(arguments.pendigits),
+        "pendigits": lambda: pendigits(arguments.uci),
         "fashion": fashion,
     }
     results = []

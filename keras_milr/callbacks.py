@@ -67,10 +67,11 @@ class MutualInformationLR(keras.callbacks.Callback):
     Args:
         policy: How a reading becomes the next rate. `"decay"`, `"reference"`,
             `"relative"`, a policy of `keras_milr.policies`, or any callable
-            `policy(reading) -> rate` of a `keras_milr.policies.Reading`; its result is clipped to the bounds.
-            A callable must be a pure function of the reading: it is called once
-            before training, to check its result. To serialise, it must be registered
-            with `keras.saving.register_keras_serializable`. Defaults to `"decay"`.
+            `policy(reading) -> rate` of a `keras_milr.policies.Reading`; its result
+            is clipped to the bounds. A callable must be a pure function of the reading:
+            it is called once before training, to check its result. To serialise, it
+            must be registered with `keras.saving.register_keras_serializable`.
+            Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             generator). The training data are a good choice. Defaults to `None`: use
@@ -96,9 +97,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            rate that learned most in the range test, else a thousand times the rate at the start; with
-            `layers` the highest multiplier at the start times the former, or times ten
-            times the optimizer's rate.
+            rate that learned most in the range test, else a thousand times the rate at
+            the start; with `layers` the highest multiplier at the start times the
+            former, or times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.

@@ -1,4 +1,5 @@
 import random
+import types
 
 import keras
 import numpy as np
@@ -7,7 +8,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 import keras_milr
-from keras_milr import readouts
+from keras_milr import range_test, readouts
 
 
 def make_model(optimizer="adam", loss="sparse_categorical_crossentropy", **arguments):
@@ -738,3 +739,37 @@ def test_plot(digits):
     assert set(best.get_xdata()) == {found.best_lr}
     assert bottom.get_xscale() == "log"
     assert "failed" in lines
+
+
+def trial(*rows, start=(0.1, 2.4)):
+    """A `_Trial` that has been run: (rate, information, loss) in nats, H(Y) = 2."""
+
+    def row(rate, information, loss):
+        info = readouts.Information(information, information, 2.0, 0.0, 0.02)
+        return range_test._Row(rate, info, loss, 0.5, False)
+
+    return types.SimpleNamespace(rows=[row(*r) for r in rows], start=row(0.0, *start))
+
+
+class TestJudgement:
+    def test_of_about_as_much_information_the_lower_loss_is_better(self):
+        rows = (1e-3, 0.8, 1.9), (1e-2, 1.3, 1.2), (1e-1, 1.25, 1.0), (1.0, 1.0, 0.9)
+        assert range_test._best(trial(*rows)).rate == 1e-1
+
+    def test_without_losses_the_information_decides(self):
+        rows = (1e-3, 0.8, np.nan), (1e-2, 1.3, np.nan), (1e-1, 1.25, np.nan)
+        assert range_test._best(trial(*rows)).rate == 1e-2
+
+    @pytest.mark.parametrize(
+        ("information", "loss", "collapsed"),
+        [
+            (0.2, 2.1, False),  # On its way: unsure now of what it was wrong about.
+            (0.2, 2.3, True),  # Neither is better.
+            (0.01, 2.1, True),  # The same guess for all.
+            (0.4, 5.0, False),  # It knows more than half.
+        ],
+    )
+    def test_collapse(self, information, loss, collapsed):
+        done = trial((1e-3, 0.3, 2.35), (1e-2, 0.6, 2.25))
+        now = trial((1e-1, information, loss)).rows[0]
+        assert range_test._Trial._collapsed(done, now) == collapsed
