@@ -113,6 +113,8 @@ def test_with_layers_the_base_is_found_and_multipliers_start_as_they_are(data):
     assert logs["learning_rate/head"] == pytest.approx([best])
 
 
+# A few steps may add nothing to what the first `fit` has learned.
+@pytest.mark.filterwarnings("ignore:lr_range_test. 9 step")
 def test_a_second_fit_finds_anew(data):
     model = make_model()
     callback = MutualInformationLR(probe_data=data, learning_rate="auto")
