@@ -249,6 +249,8 @@ def draw(results, folder):
                 line.append(100 * (found - tuned))
             lines.append(line)
         lines = np.array(lines)
+        if np.isnan(lines).all():
+            continue
         with np.errstate(all="ignore"):
             middle = np.nanmedian(lines, axis=0)
             low, high = np.nanquantile(lines, [0.1, 0.9], axis=0)

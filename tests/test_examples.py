@@ -107,3 +107,23 @@ def test_overhead_benchmark(tmp_path):
         pytest.skip("Fashion-MNIST is neither here nor to be had")
     assert output.exists()
     assert re.search(r"probe, later epochs +\d\.\d+", done.stdout)
+
+
+def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
+    output = tmp_path / "schedules.jsonl"
+    command = ("benchmarks/schedules.py", "--workloads=digits", "--processes=1")
+    for seeds in ("0",), ("0", "1"):
+        done = run(
+            *command,
+            *("--ways", "Adam", "auto by accuracy"),
+            *("--seeds", *seeds),
+            f"--output={output}",
+        )
+        assert done.returncode == 0, done.stderr
+        results = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(results) == 2 * len(seeds)
+    for result in results:
+        assert len(result["scores"]) == len(result["seconds"]) == 20
+        assert result["scores"][-1] > 0.9
+    done = run("benchmarks/schedules_report.py", output)
+    assert done.returncode == 0, done.stderr
