@@ -213,9 +213,9 @@ class Case:
                 verbose=0,
             )
         return {
-            "scores": score.scores,
-            "seconds": score.seconds,
-            "rates": score.rates,
+            "scores": [round(value, 5) for value in score.scores],
+            "seconds": [round(value, 3) for value in score.seconds],
+            "rates": [rate and float(f"{rate:.4g}") for rate in score.rates],
         }
 
     def find(self, seed):
@@ -289,7 +289,6 @@ def run(cases, name, way, rate, seed, uci):
     def ended(callback, result):
         history = callback.history
         result["rollbacks"] = history[-1]["rollbacks"] if history else 0
-        result["rates"].insert(0, None)
         return result
 
     if way in SCHEDULES:
@@ -311,7 +310,7 @@ def run(cases, name, way, rate, seed, uci):
         before = time.perf_counter() - began
         shape = SCHEDULES[way[6:]]
         result = case.fit(seed, [Schedule(found.best_lr, shape, steps)])
-        result["seconds"] = [before + seconds for seconds in result["seconds"]]
+        result["seconds"] = [round(before + s, 3) for s in result["seconds"]]
         return result | {"found": found.best_lr}
     if way.startswith("auto by "):
         policy = Driven(ours().policy, case, way[8:], seed)

@@ -1,13 +1,13 @@
 """Tables and figures of what `schedules.py` has found.
 
 For each half of the workloads: the score of every way against the tuned cosine, in
-points, paired by seed (mean, standard error over seeds, worst workload); its mean rank
-among the ways that were given no tuning; its cost, tuning included, as a share of that
-of the cosine's grid; and how often it failed, which is to end more than 10 points
-behind. Then the rates given by hand, the performance profile of epochs to the target,
-and the controls. Whatever is missing from the file is left out, and counted.
+points, paired by seed (mean, standard error over seeds, median and worst workload);
+its mean rank among the ways that were given no tuning; its cost, tuning included, as a
+share of that of the cosine's grid; and how often it failed, which is to end more than
+10 points behind. Then the same by workload. Whatever is missing from the file is left
+out, and counted.
 
-    python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl --figures
+    python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
 """
 
 import argparse
@@ -112,6 +112,7 @@ def table(results, half):
                 "way": way,
                 "mean": float(np.mean(list(means.values()))),
                 "error": float(np.sqrt(np.sum(spread)) / len(means)),
+                "median": float(np.median(list(means.values()))),
                 "worst": float(means[worst]),
                 "worst workload": worst,
                 "within a point": sum(m >= -1 for m in means.values()),
@@ -144,14 +145,14 @@ def _ranks(results, names):
 def show(half, names, rows):
     print(f"\n## {half} half: {', '.join(names)}\n")
     print(
-        "| way | points to tuned cosine | worst | within 1 | failures | rank | cost |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |"
+        "| way | points to tuned cosine | median | worst | within 1 | failures | rank "
+        "| cost |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for row in rows:
         rank = "" if row["rank"] is None else f"{row['rank']:.1f}"
         print(
             f"| {row['way']} | {row['mean']:+.2f} ({row['error']:.2f}) "
-            f"| {row['worst']:+.2f} {row['worst workload']} "
+            f"| {row['median']:+.2f} | {row['worst']:+.2f} {row['worst workload']} "
             f"| {row['within a point']}/{row['workloads']} | {row['failures']} "
             f"| {rank} | {row['cost']:.2f} |"
         )

@@ -110,8 +110,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             had been known, when the training fails: the loss or the weights are not
             finite, or, with a probe, the output is worse than the same guess for
             every sample after it was better, or does not depend on the input any
-            more. Each time warns; after the tenth the training stops. Defaults to
-            `True`.
+            more. A model with batch normalisation only counts as failed by its output
+            if its training loss is no better than a guess, 0.9 H(Y), since the averages
+            lag behind. Each time warns; after the tenth the training stops.
+            Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.

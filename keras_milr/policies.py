@@ -128,8 +128,51 @@ class RelativeChange(_Configured):
         return _within_ratio(reading.rate * factor, reading, self.max_ratio)
 
 
+class _MissingShare(_Configured):
+    """What policies share that measure a gain by the information still missing."""
+
+    def _set_shared(self, cut, hold, floor, grow_steps, grow_below, max_ratio):
+        for name, value in (("cut", cut), ("floor", floor), ("grow_below", grow_below)):
+            check_number(name, value, above=0, at_most=1)
+        check_number("hold", hold, above=0, below=1)
+        check_integer("grow_steps", grow_steps, at_least=0)
+        check_number("max_ratio", max_ratio, at_least=1)
+        self.cut = cut
+        self.hold = hold
+        self.floor = floor
+        self.grow_steps = grow_steps
+        self.grow_below = grow_below
+        self.max_ratio = max_ratio
+
+    def _gain(self, reading: Reading):
+        """Share gained of what was missing, and whether nothing is any more."""
+        negligible = np.maximum(self.hold * reading.reference, reading.noise)
+        before = reading.reference - reading.previous
+        gain = _change(reading) / np.maximum(before, negligible)
+        return gain, reading.reference - reading.information < negligible
+
+    def _lowered(self, reading: Reading, factor) -> np.ndarray:
+        """The rate times a factor, but not below the floor."""
+        lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
+        return np.maximum(reading.rate * factor, lowest)
+
+    def _grown(self, rate, reading: Reading, gain, threshold) -> np.ndarray:
+        """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
+        may_grow = (
+            (reading.step <= self.grow_steps)
+            & (reading.rollbacks == 0)
+            & (reading.rate >= reading.peak_rate)
+            & (gain >= 0)
+            & (reading.information < self.grow_below * reading.reference)
+        )
+        early = reading.information < 0.5 * reading.reference
+        learns = gain > threshold
+        rate = np.where(may_grow & learns, 2 * reading.rate, rate)
+        return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
+
+
 @keras.saving.register_keras_serializable(package="keras_milr")
-class ReferenceLevel(_Configured):
+class ReferenceLevel(_MissingShare):
     """Keeps the rate while each reading gains its share of what is still missing.
 
     The change of the information is measured against its distance from the reference,
@@ -187,36 +230,21 @@ class ReferenceLevel(_Configured):
         grow_below: float = 0.8,
         max_ratio: float = 30.0,
     ):
-        for name, value in (
-            ("share", share),
-            ("cut", cut),
-            ("floor", floor),
-            ("grow_below", grow_below),
-        ):
-            check_number(name, value, above=0, at_most=1)
-        check_number("hold", hold, above=0, below=1)
-        check_integer("grow_steps", grow_steps, at_least=0)
-        check_number("max_ratio", max_ratio, at_least=1)
+        check_number("share", share, above=0, at_most=1)
         self.share = share
-        self.cut = cut
-        self.hold = hold
-        self.floor = floor
-        self.grow_steps = grow_steps
-        self.grow_below = grow_below
-        self.max_ratio = max_ratio
+        self._set_shared(cut, hold, floor, grow_steps, grow_below, max_ratio)
 
     def __call__(self, reading: Reading) -> np.ndarray:
-        gain, missing, negligible = _gain(reading, self.hold)
-        lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
+        gain, saturated = self._gain(reading)
         kept = np.clip(gain / self.share, self.cut, 1.0)
-        rate = np.maximum(reading.rate * kept, lowest)
-        rate = _grown(rate, reading, gain, self.share, self)
-        rate = np.where(missing < negligible, reading.rate, rate)
+        rate = self._lowered(reading, kept)
+        rate = self._grown(rate, reading, gain, self.share)
+        rate = np.where(saturated, reading.rate, rate)
         return _within_ratio(rate, reading, self.max_ratio)
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
-class ThresholdDecay(_Configured):
+class ThresholdDecay(_MissingShare):
     """Explores while the information grows, then decays over the steps that remain.
 
     With the information I of this reading and I' of the previous one, all nats, and g
@@ -289,31 +317,16 @@ class ThresholdDecay(_Configured):
         grow_below: float = 0.8,
         max_ratio: float = 30.0,
     ):
-        for name, value in (
-            ("threshold", threshold),
-            ("tail", tail),
-            ("cut", cut),
-            ("floor", floor),
-            ("grow_below", grow_below),
-        ):
-            check_number(name, value, above=0, at_most=1)
+        check_number("threshold", threshold, above=0, at_most=1)
+        check_number("tail", tail, above=0, at_most=1)
         check_number("sharpness", sharpness, at_least=0)
-        check_number("hold", hold, above=0, below=1)
-        check_integer("grow_steps", grow_steps, at_least=0)
-        check_number("max_ratio", max_ratio, at_least=1)
         self.threshold = threshold
         self.tail = tail
         self.sharpness = sharpness
-        self.cut = cut
-        self.hold = hold
-        self.floor = floor
-        self.grow_steps = grow_steps
-        self.grow_below = grow_below
-        self.max_ratio = max_ratio
+        self._set_shared(cut, hold, floor, grow_steps, grow_below, max_ratio)
 
     def __call__(self, reading: Reading) -> np.ndarray:
-        gain, missing, negligible = _gain(reading, self.hold)
-        saturated = missing < negligible
+        gain, saturated = self._gain(reading)
         if reading.steps is None:
             factor = np.clip(gain / self.threshold, self.cut, 1.0)
             factor = np.where(saturated, 1.0, factor)
@@ -321,20 +334,19 @@ class ThresholdDecay(_Configured):
         else:
             # After the last reading nothing is left to decay for.
             left = max(reading.steps - reading.step, 0)
-            share = np.maximum(missing, 0.0) / reading.reference
             ramp = (left - 0.5) / (left + 0.5) if left > 0 else 1.0
-            factor = ramp ** (1.0 + self.sharpness * share)
+            missing = np.maximum(reading.reference - reading.information, 0.0)
+            factor = ramp ** (1.0 + self.sharpness * missing / reading.reference)
             late = left < self.tail * reading.steps
         exploring = (
             (reading.rate >= reading.peak_rate)
             & ((gain >= self.threshold) | saturated)
             & (not late)
         )
-        lowest = np.minimum(self.floor * reading.peak_rate, reading.rate)
-        rate = np.maximum(reading.rate * factor, lowest)
+        rate = self._lowered(reading, factor)
         rate = np.where(exploring, reading.rate, rate)
         if not late:
-            rate = _grown(rate, reading, gain, self.threshold, self)
+            rate = self._grown(rate, reading, gain, self.threshold)
         return _within_ratio(rate, reading, self.max_ratio)
 
 
@@ -378,29 +390,6 @@ def _change(reading: Reading) -> np.ndarray:
     """Change of the information since the previous reading, 0 within the noise."""
     change = reading.information - reading.previous
     return np.where(np.abs(change) <= reading.noise, 0.0, change)
-
-
-def _gain(reading: Reading, hold: float):
-    """Share gained of the information that was missing; what is missing; negligible."""
-    negligible = np.maximum(hold * reading.reference, reading.noise)
-    missing = reading.reference - reading.information
-    before = reading.reference - reading.previous
-    return _change(reading) / np.maximum(before, negligible), missing, negligible
-
-
-def _grown(rate, reading: Reading, gain, threshold, policy) -> np.ndarray:
-    """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
-    may_grow = (
-        (reading.step <= policy.grow_steps)
-        & (reading.rollbacks == 0)
-        & (reading.rate >= reading.peak_rate)
-        & (gain >= 0)
-        & (reading.information < policy.grow_below * reading.reference)
-    )
-    early = reading.information < 0.5 * reading.reference
-    learns = gain > threshold
-    rate = np.where(may_grow & learns, 2 * reading.rate, rate)
-    return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
 
 
 def _within_ratio(rates, reading: Reading, max_ratio: float) -> np.ndarray:

@@ -125,5 +125,29 @@ def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
     for result in results:
         assert len(result["scores"]) == len(result["seconds"]) == 20
         assert result["scores"][-1] > 0.9
-    done = run("benchmarks/schedules_report.py", output)
+
+
+def test_schedules_report(tmp_path):
+    """Against scores whose table is known: the best rate, pairs by seed, failures."""
+    lines = []
+
+    def add(way, rate, scores):
+        for seed, score in enumerate(scores):
+            result = {"workload": "digits", "way": way, "rate": rate, "seed": seed}
+            result |= {"scores": [0.5, score], "seconds": [1.0, 2.0]}
+            lines.append(json.dumps(result))
+
+    for rate in (1e-3, 3e-3, 1e-2, 0.1, 0.3, 1.0):
+        add("cosine", rate, [0.8, 0.8])
+    add("cosine", 3e-2, [0.9, 0.96])
+    add("auto", None, [0.92, 0.94])  # +2 and -2 points.
+    add("decay", None, [0.91, 0.5])  # +1 and -46, a failure.
+    path = tmp_path / "schedules.jsonl"
+    path.write_text("\n".join(lines))
+    done = run("benchmarks/schedules_report.py", path, f"--figures={tmp_path}")
     assert done.returncode == 0, done.stderr
+    auto = "| auto | +0.00 (2.00) | +0.00 | +0.00 digits | 1/1 | 0 |  | 0.14 |"
+    decay = "| decay | -22.50 (23.50) | -22.50 | -22.50 digits | 0/1 | 1 |  | 0.14 |"
+    assert auto in done.stdout
+    assert decay in done.stdout
+    assert (tmp_path / "schedules.png").stat().st_size > 10_000
