@@ -51,14 +51,15 @@ def scale_learning_rate(optimizer, multiplier):
     apply_weight_decay = optimizer._apply_weight_decay
     current_rate = optimizer._get_current_learning_rate
     moves_at_zero = _moves_at_rate_zero(optimizer)
-    scale = None  # Of the variable that is being updated.
+    current = None  # The variable that is being updated.
 
     def scaled_rate():
-        return current_rate() if scale is None else current_rate() * scale
+        rate = current_rate()
+        return rate if current is None else rate * multiplier(current)
 
     def scaled_step(gradient, variable, learning_rate):
-        nonlocal scale
-        scale = multiplier(variable)
+        nonlocal current
+        current, scale = variable, multiplier(variable)
         if moves_at_zero:
             before = keras.ops.copy(variable)
             update_step(gradient, variable, learning_rate * scale)
@@ -66,14 +67,13 @@ def scale_learning_rate(optimizer, multiplier):
             optimizer.assign(variable, keras.ops.where(scale == 0, before, after))
         else:
             update_step(gradient, variable, learning_rate * scale)
-        scale = None
+        current = None
 
     def scaled_weight_decay(variables):
-        nonlocal scale
-        for variable in variables:
-            scale = multiplier(variable)
-            apply_weight_decay([variable])
-        scale = None
+        nonlocal current
+        for current in variables:
+            apply_weight_decay([current])
+        current = None
 
     optimizer.update_step = scaled_step
     optimizer._apply_weight_decay = scaled_weight_decay

@@ -5,7 +5,11 @@ A backend module has these functions:
 - `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet.
 - `is_in_reach(x)`: whether the tensor `x` can be used here, and not only in the loop
   that it was made in.
-- `jit(function)`: the pure function, compiled; its Python arguments are constants.
+- `jit(function, fused=False)`: the pure function, compiled; its Python arguments are
+  constants. `fused` asks for one kernel, where the backend has another compiler for
+  that; it pays for element-wise work on many numbers, and compiles anew for each shape.
+- `bincount(ids, size, weights=None)`: NumPy array of how often each id in `[0, size)`
+  occurs, or of the sums of its weights; not in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
   `forward(x)` is the model in inference mode with all its state left alone. It
   is traced once for each set of shapes and types.
@@ -21,9 +25,11 @@ measurement says so, and TensorFlow is not imported.
 import contextlib
 
 import keras
+import numpy as np
 
 if keras.backend.backend() == "tensorflow":
     from keras_milr.backend.tensorflow import (
+        bincount,
         compile_step,
         fresh,
         is_in_reach,
@@ -39,8 +45,11 @@ else:
     def is_in_reach(x):
         return True
 
-    def jit(function):
+    def jit(function, fused=False):
         return function
+
+    def bincount(ids, size, weights=None):
+        return np.bincount(keras.ops.convert_to_numpy(ids), weights, size)
 
     def own_random_state(seed):
         return contextlib.nullcontext()
@@ -56,6 +65,7 @@ else:
 
 
 __all__ = [
+    "bincount",
     "compile_step",
     "fresh",
     "is_in_reach",

@@ -20,8 +20,19 @@ def is_in_reach(x):
     return not tf.is_symbolic_tensor(x) or x.graph is tf.compat.v1.get_default_graph()
 
 
-def jit(function):
-    return tf.function(function)
+def jit(function, fused=False):
+    return tf.function(function, jit_compile=fused or None, autograph=False)
+
+
+def bincount(ids, size, weights=None):
+    # Four times as fast as a segment sum in XLA, and ten times one outside of it; but
+    # XLA would compile it anew for all data.
+    if weights is None:
+        weights = tf.zeros((0,), tf.int32)
+    counts = tf.raw_ops.DenseBincount(
+        input=ids, size=tf.cast(size, ids.dtype), weights=weights
+    )
+    return counts.numpy()
 
 
 def compile_step(model, step):
@@ -36,7 +47,7 @@ def compile_step(model, step):
 
     if model.run_eagerly:  # The user's code may not be traceable.
         return run
-    return tf.function(run, jit_compile=model.jit_compile)
+    return tf.function(run, jit_compile=model.jit_compile, autograph=False)
 
 
 @contextlib.contextmanager

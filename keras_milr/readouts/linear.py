@@ -101,7 +101,10 @@ class LinearReadout:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        state = _compiled()(features, ids, _halves(ids, weight), weight, num_classes)
+        order, middle = _halves(ids, weight)
+        state = _compiled()(
+            *(features, order, ids[order], weight[order], middle, num_classes)
+        )
         return Predictions(from_logits=True).finish(state)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
@@ -128,13 +131,17 @@ class LinearReadout:
         return cls(**config)
 
 
-def _halves(class_ids, weight) -> np.ndarray:
-    """0 or 1 for each sample, in turn within each class; no weight, no turn."""
-    halves = np.zeros(len(class_ids), "int32")
+def _halves(class_ids, weight) -> tuple[np.ndarray, int]:
+    """The samples one half after the other, and where the second half begins.
+
+    Every second sample of a class that has a weight is in the second.
+    """
+    second = np.zeros(len(class_ids), "bool")
     for class_id in np.unique(class_ids):
         (members,) = np.nonzero((class_ids == class_id) & (weight > 0))
-        halves[members[1::2]] = 1
-    return halves
+        second[members[1::2]] = True
+    order = np.argsort(second, kind="stable").astype("int32")
+    return order, len(second) - int(second.sum())
 
 
 @functools.cache
@@ -142,22 +149,27 @@ def _compiled():
     return backend.jit(_count_held_out)
 
 
-def _count_held_out(features, class_ids, halves, weight, num_classes):
-    """The state of a `Predictions` that has seen held-out predictions."""
+def _count_held_out(features, order, class_ids, weight, middle, num_classes):
+    """The state of a `Predictions` that has seen held-out predictions.
+
+    `class_ids` and `weight` are in the order that `order` puts the features in: one
+    half, then the other, which begins at the row `middle`.
+    """
     ops = keras.ops
-    features = ops.cast(features, "float32")
+    features = ops.take(ops.cast(features, "float32"), order, axis=0)
     valid = ops.all(feature.finite(features), axis=-1)
     features = ops.where(valid[:, None], features, 0.0)
-    one_hot = ops.one_hot(class_ids, num_classes)
-    evidence, prior = 0.0, 0.0
-    for half in (0, 1):
-        fit = ops.cast((halves != half) & valid, "float32") * weight
-        scores, log_prior = _discriminant(features, one_hot, fit)
-        here = (halves == half)[:, None]
-        evidence = ops.where(here, scores, evidence)
-        prior = ops.where(here, log_prior, prior)
-
     counted = ops.where(valid, weight, 0.0)
+    one_hot = ops.one_hot(class_ids, num_classes)
+    parts = features, one_hot, counted
+    halves = [[part[:middle] for part in parts], [part[middle:] for part in parts]]
+    evidence, prior = [], []
+    for (x, _, _), fitted in zip(halves, halves[::-1], strict=True):
+        scores, log_shares = _discriminant(*fitted, x)
+        evidence.append(scores)
+        prior.append(ops.broadcast_to(log_shares, ops.shape(scores)))
+    evidence, prior = ops.concatenate(evidence), ops.concatenate(prior)
+
     exists = ops.sum(one_hot * counted[:, None], axis=0) > 0
     prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
     temperatures = ops.reshape(ops.convert_to_tensor(_TEMPERATURES), (-1, 1, 1))
@@ -172,11 +184,11 @@ def _count_held_out(features, class_ids, halves, weight, num_classes):
     return readout.update(readout.init(num_classes), logits, class_ids, weight)
 
 
-def _discriminant(x, one_hot, weight):
-    """Linear discriminant analysis, fitted to the rows with a weight.
+def _discriminant(x, one_hot, weight, others):
+    """Linear discriminant analysis, fitted to `x`.
 
     Returns:
-        Log likelihood ratios of the classes for every row of `x`, shape `(n, K)`, up
+        Log likelihood ratios of the classes for every row of `others`, `(n, K)`, up
         to a constant of the row, and the logarithm of the classes' shares, `(K,)`.
     """
     ops = keras.ops
@@ -190,7 +202,8 @@ def _discriminant(x, one_hot, weight):
     variance = ops.sum(x * x * weight[:, None], axis=0) / total
     # A unit that never moves, but for rounding, says nothing.
     moves = variance > 1e-10 * (mean * mean) + 1e-30
-    x = x * ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
+    scale = ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
+    x = x * scale
 
     class_means = ops.matmul(ops.transpose(weighted), x)
     class_means = class_means / ops.maximum(counts, 1e-6)[:, None]
@@ -201,10 +214,10 @@ def _discriminant(x, one_hot, weight):
     lower = ops.linalg.cholesky(covariance)
     half = ops.solve_triangular(lower, ops.transpose(class_means), lower=True)
     direction = ops.solve_triangular(ops.transpose(lower), half, lower=False)
-    scores = ops.matmul(x, direction) - 0.5 * ops.sum(half * half, axis=0)
+    scores = ops.matmul((others - mean) * scale, direction)
     # A class that this half does not have counts as half a sample.
     shares = ops.maximum(counts, 0.5) / total
-    return scores, ops.log(shares)
+    return scores - 0.5 * ops.sum(half * half, axis=0), ops.log(shares)
 
 
 def _shrunk(covariance, samples, width):
