@@ -11,16 +11,12 @@ the median and quartiles of the ratios and writes JSON.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
+import report
 
 import keras_milr
 
@@ -102,29 +98,13 @@ def main():
                     models[key].train_on_batch(x, y)
                 seconds[name][key].append(time.perf_counter() - started)
             bar.add(1)
-    ratios = {}
-    print(f"\n{'step over the bare optimizer':<30} {'ratio':>7} {'quartiles':>17}")
-    for name, turns in seconds.items():
-        for key in list(variants)[1:]:
-            each = np.array(turns[key]) / np.array(turns["bare"])
-            low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
-            ratios[f"{name}, {key}"] = [float(v) for v in (low, middle, high)]
-            print(f"{name + ', ' + key:<30} {middle:>7.3f} {low:>8.3f} … {high:.3f}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-                "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
-                "arguments": vars(arguments) | {"output": str(arguments.output)},
-                "seconds": seconds,
-                "ratios": ratios,
-            },
-            indent=1,
-        )
-    )
-    print(f"\nJSON: {arguments.output}")
+    ratios = {
+        f"{name}, {key}": report.quartiles(np.array(turns[key]) / turns["bare"])
+        for name, turns in seconds.items()
+        for key in list(variants)[1:]
+    }
+    report.print_ratios("step over the bare optimizer", ratios)
+    report.write(arguments.output, arguments, ratios, seconds=seconds)
 
 
 if __name__ == "__main__":

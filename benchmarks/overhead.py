@@ -1,9 +1,11 @@
 """What measuring costs: `fit` with the callback or the metric over `fit` without.
 
-Trains the quickstart's small CNN on Fashion-MNIST with a constant rate and four kinds
-of reading: none; the MutualInformation metric; MutualInformationLR with a probe; and
-with a probe of all layers, the optimizer wrapped in a LayerwiseOptimizer. The policy
-keeps the rates, so that all do the same training.
+Trains on Fashion-MNIST with a constant rate and up to five kinds of reading: none; the
+MutualInformation metric; MutualInformationLR with a probe; with a probe that is read
+in the middle of epochs too; and with a probe of all layers, the optimizer wrapped in a
+LayerwiseOptimizer. The policy keeps the rates, so that all do the same training. The
+settings differ in the model (the quickstart's small CNN, or dense networks of 5, 20
+and 100 layers) and in how `fit` compiles and runs its steps.
 
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
 each in a process of its own, take turns, a few batches each, and each is timed in its
@@ -11,19 +13,19 @@ turns only: a disturbance hits all alike. Even so a machine may stall for longer
 an epoch takes, and a stall only ever adds. So the time of an epoch is put together
 turn by turn, from the fastest of each turn over the rounds (and, after the first
 epoch, which compiles, over the epochs). The quartiles are those of the same sums over
-1,000 bootstrap samples of the rounds and epochs. Prints a table and writes JSON with
-every turn.
+1,000 bootstrap samples of the rounds and epochs.
+
+Prints tables and writes JSON with every turn: ratios of time; seconds from the start of
+`fit` until the first reading is done, before the first batch; and the memory that the
+process holds at the end beyond that of the `fit` without.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --samples 2000 --epochs 2 --rounds 2
+    python benchmarks/overhead.py --settings cnn --epochs 10
+    python benchmarks/overhead.py --quick
 """
 
 import argparse
-import datetime
-import json
 import multiprocessing
-import os
-import platform
 import sys
 import time
 import traceback
@@ -31,14 +33,26 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
+import report
 
 import keras_milr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import quickstart
 
-VARIANTS = ("without", "metric", "probe", "layers")
+# What `fit` is given, and the kinds of reading to compare with none.
+SETTINGS = {
+    "cnn": ({}, ("metric", "probe", "batches", "layers")),
+    "cnn, jit_compile": ({"jit_compile": True}, ("metric", "probe", "layers")),
+    "cnn, steps_per_execution=4": (
+        {"steps_per_execution": 4},
+        ("metric", "probe", "layers"),
+    ),
+    "5 layers": ({}, ("layers",)),
+    "20 layers": ({}, ("layers",)),
+    "100 layers": ({}, ("layers",)),
+}
+PER_EPOCH = 5  # readings of the variant `batches`
 
 
 class Turns:
@@ -74,10 +88,15 @@ class Clock(keras.callbacks.Callback):
         self.since = now
 
     def on_train_batch_end(self, batch, logs=None):
-        if (batch + 1) % self.batches == 0:
+        last = min(batch + 1, self.params["steps"])
+        if last // self.batches > self.done:  # Several steps may be done at once.
+            self.done = last // self.batches
             self.stop()
             self.turns.pass_on(self.name)
             self.start()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.done = 0
 
     def on_epoch_end(self, epoch, logs=None):
         self.stop()
@@ -87,70 +106,105 @@ class Clock(keras.callbacks.Callback):
         self.seconds.pop()  # The next epoch, which never came.
 
 
+class Timed(keras_milr.MutualInformationLR):
+    """Keeps the seconds that pass until the first reading is done."""
+
+    before_training = 0.0
+
+    def on_train_begin(self, logs=None):
+        started = time.perf_counter()
+        super().on_train_begin(logs)
+        self.before_training += time.perf_counter() - started
+
+    def on_epoch_begin(self, epoch, logs=None):
+        started = time.perf_counter()
+        super().on_epoch_begin(epoch, logs)
+        if len(self.history) == 1:
+            self.before_training += time.perf_counter() - started
+
+
 def keep(reading):
     return reading.rate
 
 
-def train(variant, clock, x, y, arguments):
-    """One `fit` from scratch, timed by `clock`."""
+def build_model(setting, input_shape):
+    kind = setting.split(",")[0]
+    if kind == "cnn":
+        return quickstart.build_model("cnn", input_shape, "adam", 1e-3)
+    layers = [keras.layers.Input(input_shape), keras.layers.Flatten()]
+    for _ in range(int(kind.split()[0]) - 1):
+        layers.append(keras.layers.Dense(64, activation="relu"))
+    model = keras.Sequential([*layers, keras.layers.Dense(10, activation="softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+def train(setting, variant, clock, x, y, arguments):
+    """One `fit` from scratch, timed by `clock`; its callback, or None."""
     keras.utils.set_random_seed(0)
-    model = quickstart.build_model("cnn", x.shape[1:], "adam", 1e-3)
+    model = build_model(setting, x.shape[1:])
     metrics = [keras_milr.MutualInformation()] if variant == "metric" else []
     layers, optimizer = None, model.optimizer
     if variant == "layers":
         layers, optimizer = "all", keras_milr.LayerwiseOptimizer(optimizer)
-    model.compile(
-        optimizer,
-        model.loss,
-        metrics=["accuracy", *metrics],
-        jit_compile=arguments.jit_compile,
-    )
-    callbacks = [clock]
-    if variant in ("probe", "layers"):
-        probe = keras_milr.MutualInformationLR(
-            keep, (x, y), probe_size=arguments.probe_size, layers=layers
+    options = {"jit_compile": False, **SETTINGS[setting][0]}
+    model.compile(optimizer, model.loss, metrics=["accuracy", *metrics], **options)
+    callback = None
+    if variant in ("probe", "batches", "layers"):
+        batches = -(-len(x) // arguments.batch_size)
+        callback = Timed(
+            *(keep, (x, y), arguments.probe_size, layers),
+            update_freq=batches // PER_EPOCH if variant == "batches" else "epoch",
         )
-        callbacks = [probe, clock]
     clock.since = time.perf_counter()
     model.fit(
         x,
         y,
         batch_size=arguments.batch_size,
         epochs=arguments.epochs,
-        callbacks=callbacks,
+        callbacks=[callback, clock] if callback else [clock],
         verbose=0,
     )
+    return callback
 
 
-def load(samples):
-    (x, y), _ = keras.datasets.fashion_mnist.load_data()
-    return x[:samples, ..., None].astype("float32") / 255, y[:samples]
+def load(name, samples):
+    if name == "digits":
+        (x, y), *_ = quickstart.load(name)
+    else:
+        (x, y), _ = getattr(keras.datasets, name).load_data()
+        x = x[..., None].astype("float32") / 255
+    return x[:samples], y[:samples]
 
 
-def run_variant(name, turns, arguments, results):
-    """In a process of its own: warms up, waits for its turns, sends their seconds."""
+def run_variant(setting, name, turns, arguments, results):
+    """In a process of its own: warms up, waits for its turns, sends what it found."""
     try:
         clock = Clock(name, turns, arguments.turn)
-        x, y = load(arguments.samples)
+        x, y = load(arguments.dataset, arguments.samples)
         clock.start()
         # TensorFlow's own first steps, which are no part of any variant.
         quickstart.build_model("mlp", x.shape[1:], "adam", 1e-3).fit(
             x[:640], y[:640], verbose=0
         )
-        train(name, clock, x, y, arguments)
+        callback = train(setting, name, clock, x, y, arguments)
         turns.pass_on(name)
-        results.put((name, clock.seconds))
+        found = {"turns": clock.seconds, "bytes": report.memory()}
+        found["first reading"] = callback.before_training if callback else None
+        results.put((name, found))
     except BaseException:
         results.put((name, traceback.format_exc()))
 
 
-def run_round(arguments, order):
-    """Seconds of each turn of each epoch, by variant; the `fit`s take turns."""
+def run_round(setting, order, arguments):
+    """What each variant found: seconds of each turn of each epoch, and more."""
     context = multiprocessing.get_context("spawn")
     turns, results = Turns(context, order), context.Queue()
     processes = [
         context.Process(
-            target=run_variant, args=(name, turns, arguments, results), daemon=True
+            target=run_variant,
+            args=(setting, name, turns, arguments, results),
+            daemon=True,
         )
         for name in order
     ]
@@ -159,10 +213,10 @@ def run_round(arguments, order):
             process.start()
         found = {}
         while len(found) < len(order):
-            name, seconds = results.get()
-            if isinstance(seconds, str):
-                raise RuntimeError(f"The variant {name} failed:\n{seconds}")
-            found[name] = seconds
+            name, result = results.get()
+            if isinstance(result, str):
+                raise RuntimeError(f"The variant {name} failed:\n{result}")
+            found[name] = result
         return found
     finally:
         for process in processes:
@@ -172,7 +226,7 @@ def run_round(arguments, order):
 def compare(rounds, seed=0):
     """Ratios to `fit` without: lower quartile, median, upper quartile."""
     # Shape (rounds, epochs, turns). The same resampling for all variants.
-    turns = {name: np.array([r[name] for r in rounds]) for name in VARIANTS}
+    turns = {name: np.array([r[name]["turns"] for r in rounds]) for name in rounds[0]}
     count, epochs, _ = turns["without"].shape
     rng = np.random.default_rng(seed)
 
@@ -194,7 +248,7 @@ def compare(rounds, seed=0):
     measured = times(np.arange)
     resampled = [times(lambda n: rng.integers(0, max(n, 1), n)) for _ in range(1000)]
     table = {}
-    for name in VARIANTS[1:]:
+    for name in turns.keys() - {"without"}:
         for part in ("whole fit", "first epoch", "later epochs"):
             if measured["without"][part] == 0:
                 continue
@@ -205,52 +259,73 @@ def compare(rounds, seed=0):
     return table
 
 
+def extras(rounds):
+    """Medians over rounds: seconds to the first reading, bytes beyond `without`."""
+    seconds, held = {}, {}
+    for name in rounds[0].keys() - {"without"}:
+        if rounds[0][name]["first reading"] is not None:
+            seconds[name] = float(np.median([r[name]["first reading"] for r in rounds]))
+        if rounds[0][name]["bytes"] is not None:
+            beyond = [r[name]["bytes"] - r["without"]["bytes"] for r in rounds]
+            held[name] = float(np.median(beyond))
+    return seconds, held
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--samples", type=int, default=60_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--probe-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=int, default=20, help="batches in a turn")
-    parser.add_argument("--jit-compile", action="store_true")
+    parser.add_argument(
+        "--quick", action="store_true", help="the CNN on digits, one round"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/overhead.json"))
     arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(settings=["cnn"], dataset="digits", batch_size=32)
+        vars(arguments).update(turn=10, rounds=1)
 
     try:
-        load(1)
+        load(arguments.dataset, 1)
     except Exception as error:  # What Keras raises when a download fails.
-        print(f"Skipped: Fashion-MNIST is neither here nor to be had: {error}")
+        print(f"Skipped: {arguments.dataset} is neither here nor to be had: {error}")
         return
-    rounds = []
-    bar = keras.utils.Progbar(arguments.rounds, unit_name="round")
+    rounds = {setting: [] for setting in arguments.settings}
+    bar = keras.utils.Progbar(arguments.rounds * len(rounds), unit_name="round")
     for i in range(arguments.rounds):
-        order = np.random.default_rng(i).permutation(VARIANTS).tolist()
-        rounds.append(run_round(arguments, order))
-        bar.add(1)
+        for setting, done in rounds.items():
+            names = ["without", *SETTINGS[setting][1]]
+            order = np.random.default_rng(i).permutation(names).tolist()
+            done.append(run_round(setting, order, arguments))
+            bar.add(1)
 
-    table = compare(rounds)
-    print(f"\n{'time over `fit` without':<26} {'ratio':>7} {'quartiles':>17}")
-    for name, (low, ratio, high) in table.items():
-        print(f"{name:<26} {ratio:>7.3f} {low:>8.3f} … {high:.3f}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-                "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
-                "arguments": vars(arguments) | {"output": str(arguments.output)},
-                "rounds": rounds,
-                "ratios": table,
-            },
-            indent=1,
-        )
+    ratios, first, held = {}, {}, {}
+    for setting, done in rounds.items():
+        for name, ratio in sorted(compare(done).items()):
+            ratios[f"{setting}: {name}"] = ratio
+        for found, values in zip((first, held), extras(done), strict=True):
+            found.update({f"{setting}: {k}": v for k, v in sorted(values.items())})
+    report.print_ratios("time over `fit` without", ratios)
+    print("\nseconds until the first reading is done, before the first batch")
+    for name, value in first.items():
+        print(f"{name:<40} {value:>8.2f}")
+    print("\nMB that the process holds at the end beyond `fit` without")
+    for name, value in held.items():
+        print(f"{name:<40} {value / 1e6:>8.1f}")
+    report.write(
+        *(arguments.output, arguments, ratios),
+        first_reading_seconds=first,
+        held_bytes=held,
+        rounds=rounds,
     )
-    print(f"\nJSON: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ class UnitHistogram:
 
     The classical estimate. The activations of each unit are cut in `bins` bins of as
     equal numbers of samples as ties allow, judged by at most 2,048 of the samples;
-    equal activations are never separated. Exact zeros, which a ReLU has many of, have a bin of their own, and activations
-    that are not finite have another. The mutual information of (bin, label) is
-    corrected by Miller and Madow's term. Axes between samples and channels, space and
-    time, are averaged.
+    equal activations are never separated. Exact zeros, which a ReLU has many of, have
+    a bin of their own, and activations that are not finite have another. The mutual
+    information of (bin, label) is corrected by Miller and Madow's term. Axes between
+    samples and channels, space and time, are averaged.
 
     It is a diagnostic: what single units say, one at a time. The mean over units may
     fall while the layer learns, and the sum would count the same information many times
@@ -87,13 +87,15 @@ class UnitHistogram:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        counts = _counts(features, ids, weight, self.bins, num_classes)
-        value = information.mutual_information(counts, "miller_madow")
-        entropy = float(information.entropy(counts[0].sum(axis=0)))
+        at = edges(features, weight, self.bins)
+        weight = weight if np.any(weight != 1.0) else None
+        tables = counts(features, at, ids, weight, num_classes)
+        value = information.mutual_information(tables, "miller_madow")
+        entropy = float(information.entropy(tables[0].sum(axis=0)))
         units = {
-            "raw": information.mutual_information(counts),
-            "null": information.null_level(counts),
-            "stderr": information.standard_error(counts),
+            "raw": information.mutual_information(tables),
+            "null": information.null_level(tables),
+            "stderr": information.standard_error(tables),
         }
         if self.reduce == "max":
             best = int(np.argmax(value))
@@ -128,22 +130,28 @@ class UnitHistogram:
         return cls(**config)
 
 
-def _counts(features, class_ids, weight, bins, num_classes) -> np.ndarray:
+def counts(features, edges, class_ids, weight, num_classes) -> np.ndarray:
     """Tables of (bin, label) for each unit: shape `(units, bins + 2, K)`.
 
     The last two bins are for zeros and for what is not finite.
+
+    Args:
+        features: Tensor of shape `(n, units)`.
+        edges: Ascending edges of the bins, shape `(bins - 1, units)`.
+        class_ids: int32 ids in `[0, num_classes)`, shape `(n,)`.
+        weight: Weights of shape `(n,)`; None where all are 1, which is faster.
+        num_classes: K.
     """
-    units = features.shape[1]
-    edges = _edges(features, weight, bins)
+    units, bins = features.shape[1], len(edges) + 1
     cells = _compiled()(features, edges, class_ids, num_classes)
-    weights = None
-    if np.any(weight != 1.0):
-        weights = np.repeat(weight, units)
-    counts = backend.bincount(cells, units * (bins + 2) * num_classes, weights)
-    return np.reshape(counts, (units, bins + 2, num_classes))
+    weights = None if weight is None else np.repeat(weight, units)
+    # Outside of the fused pass, which would divide to find each number's unit.
+    cells = keras.ops.reshape(cells, (-1,))
+    found = backend.bincount(cells, units * (bins + 2) * num_classes, weights)
+    return np.reshape(found, (units, bins + 2, num_classes))
 
 
-def _edges(features, weight, bins):
+def edges(features, weight, bins) -> np.ndarray:
     """Edges at quantiles of what is binned, shape `(bins - 1, units)`.
 
     Of a sample of the rows, where there are many: to sort them all would cost several
@@ -172,16 +180,29 @@ def _compiled():
 
 
 def _cells(features, edges, class_ids, num_classes):
-    """For each number its cell in the tables of all units, `(n * units,)`."""
+    """For each number its cell in the tables of all units, `(n, units)`."""
     ops = keras.ops
     x = ops.cast(features, "float32")
     bins = edges.shape[0] + 1
-    # A sum of comparisons fuses to one pass; a binary search does not.
+    # A binary search by selections instead of gathers: it fuses to one pass.
+    levels = (bins - 1).bit_length()
+    edges = [edges[i] for i in range(bins - 1)]
+    edges += [np.float32(np.inf)] * (2**levels - bins)
+    above = []
+
+    def chosen(candidates, depth=0):
+        if len(candidates) == 1:
+            return candidates[0]
+        middle = len(candidates) // 2
+        low, high = candidates[:middle], candidates[middle:]
+        return ops.where(above[depth], chosen(high, depth + 1), chosen(low, depth + 1))
+
     ids = ops.zeros(x.shape, "int32")
-    for edge in range(bins - 1):
-        ids = ids + ops.cast(x >= edges[edge], "int32")
+    for level in range(levels):
+        half = 2 ** (levels - 1 - level)
+        above.append(x >= chosen(edges[half - 1 :: 2 * half]))
+        ids = ids + ops.where(above[level], half, 0)
     ids = ops.where(x == 0.0, bins, ids)
     ids = ops.where(ops.isfinite(x), ids, bins + 1)
     unit = ops.arange(x.shape[1], dtype="int32")
-    cells = (unit * (bins + 2) + ids) * num_classes + class_ids[:, None]
-    return ops.reshape(cells, (-1,))
+    return (unit * (bins + 2) + ids) * num_classes + class_ids[:, None]

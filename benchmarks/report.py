@@ -1,0 +1,61 @@
+"""What all benchmarks of speed share: how they measure, print and write."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def quartiles(values) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return [float(v) for v in np.quantile(values, [0.25, 0.5, 0.75])]
+
+
+def print_ratios(title, ratios):
+    """Prints a table of `{name: [lower quartile, median, upper quartile]}`."""
+    width = max(map(len, (title, *ratios)))
+    print(f"\n{title:<{width}} {'ratio':>8} {'quartiles':>17}")
+    for name, (low, middle, high) in ratios.items():
+        print(f"{name:<{width}} {middle:>8.3f} {low:>8.3f} … {high:.3f}")
+
+
+def write(path, arguments, ratios, **data):
+    """Writes JSON that `compare.py` reads: `ratios` of times, the lower the better."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
+        "arguments": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()
+        },
+        "ratios": ratios,
+        **data,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nJSON: {path}")
+
+
+def memory(field="VmRSS") -> int | None:
+    """Bytes that this process holds, or held at most (`VmHWM`); None but on Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(v.split()[1]) for v in lines if v.startswith(field))
+
+
+def peak_memory(function) -> int | None:
+    """Bytes that a call needs beyond what is held before; None but on Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Forgets the former peak.
+    except OSError:
+        return None
+    before = memory()
+    function()
+    return max(memory("VmHWM") - before, 0)
