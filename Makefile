@@ -5,9 +5,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+QUICK  := --output results/quick
+
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test lint format bench smoke clean
+.PHONY: run test lint format bench bench-quick smoke clean
 
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -23,8 +25,23 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The figures on speed that the README quotes: about half an hour, and nothing else
+# should run beside it.
 bench: $(READY)
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/estimators.py
+	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/overhead.py
+
+# Every benchmark in a small setting, into results/quick: what `compare.py` compares.
+bench-quick: $(READY)
+	rm -rf results/quick
+	$(BIN)/python benchmarks/estimators.py --quick --rounds 7 $(QUICK)/estimators.json
+	$(BIN)/python benchmarks/optimizer_step.py --rounds 30 $(QUICK)/optimizer_step.json
+	$(BIN)/python benchmarks/overhead.py --quick $(QUICK)/overhead.json
+	$(BIN)/python benchmarks/schedules.py --workloads digits --seeds 0 1 \
+		--ways Adam decay auto $(QUICK)/schedules.jsonl
+	$(BIN)/python benchmarks/layerwise.py --tasks noise --optimizers adam --seeds 1 \
+		--epochs 2 --pretrain-epochs 1 $(QUICK)/layerwise.jsonl
 
 # The wheel, installed where the checkout cannot be imported.
 smoke: $(READY)

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -96,17 +94,49 @@ def test_overhead_benchmark(tmp_path):
     output = tmp_path / "overhead.json"
     done = run(
         "benchmarks/overhead.py",
-        "--samples=600",
-        "--probe-size=100",
-        "--epochs=2",
-        "--rounds=1",
+        *("--settings", "5 layers", "--dataset", "digits", "--samples", 600),
+        *("--probe-size", 100, "--epochs", 2, "--rounds", 1, "--turn", 2),
         f"--output={output}",
     )
     assert done.returncode == 0, done.stderr
-    if "Skipped" in done.stdout:
-        pytest.skip("Fashion-MNIST is neither here nor to be had")
-    assert output.exists()
-    assert re.search(r"probe, later epochs +\d\.\d+", done.stdout)
+    found = json.loads(output.read_text())
+    assert "5 layers: layers, later epochs" in found["ratios"]
+    assert 0.0 < found["first_reading_seconds"]["5 layers: layers"] < 60.0
+
+
+def test_estimators_benchmark(tmp_path):
+    """It fails by itself where a value is not that of the other tools."""
+    output = tmp_path / "estimators.json"
+    done = run("benchmarks/estimators.py", "--quick", "--rounds=1", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    ratios = json.loads(output.read_text())["ratios"]
+    assert "table 100,000 × 10, ours / scikit-learn" in ratios
+    assert "units 10,000 × 512 × 10, ours / NumPy" in ratios
+    assert "linear 2,048 × 256 × 10, ours / product" in ratios
+
+
+def test_comparison_of_benchmarks(tmp_path):
+    def write(folder, ratios, scores):
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "overhead.json").write_text(json.dumps({"ratios": ratios}))
+        row = {"workload": "digits", "way": "auto", "rate": None}
+        lines = [json.dumps(row | {"scores": [0.1, score]}) for score in scores]
+        (path / "schedules.jsonl").write_text("\n".join(lines))
+        return path
+
+    spread, moved = [0.9, 1.0, 1.1], [1.2, 1.3, 1.4]
+    old = {"same": spread, "slow": spread, "fast": moved}
+    new = {"same": [1.12, 1.2, 1.3], "slow": moved, "fast": spread}
+    before, after = write("before", old, [0.9, 0.9]), write("after", new, [0.8])
+    same = run("benchmarks/compare.py", before, before)
+    assert same.returncode == 0
+    assert "worse" not in same.stdout
+    done = run("benchmarks/compare.py", before, after)
+    assert done.returncode == 1
+    words = re.findall(r"^  (worse|better): ([^ ,]+)", done.stdout, re.MULTILINE)
+    assert words == [("worse", "slow"), ("better", "fast"), ("worse", "digits")]
 
 
 def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
