@@ -7,6 +7,7 @@ import contextlib
 
 import keras
 from keras.src.backend.common import global_state
+from keras.src.backend.common.masking import get_keras_mask
 
 
 def metrics(model) -> list:
@@ -22,6 +23,22 @@ def metrics(model) -> list:
         for name in ("_user_metrics", "_user_weighted_metrics"):
             found.extend(keras.tree.flatten(getattr(metric, name, None)))
     return [m for m in found if isinstance(m, keras.metrics.Metric)]
+
+
+def loss_weights(model):
+    """The loss weights that the model is compiled with, or None.
+
+    Public Keras gives them serialised only, together with losses that may not be.
+    """
+    return getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
+
+
+def mask_of(output):
+    """The mask that a layer has attached to its output, or None.
+
+    Keras' own losses read it there, and public Keras has no name for it.
+    """
+    return get_keras_mask(output)
 
 
 def sublayers(layer) -> list:

@@ -11,8 +11,10 @@ from keras_milr import policies, probe, rates, readouts
 from keras_milr._arguments import check_bool, check_integer, check_number
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
+from keras_milr.outputs import outputs_of, signature
 from keras_milr.range_test import lr_range_test
 from keras_milr.rollback import MOST, Rollback
+from keras_milr.targets import check_kind
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _LARGEST = float(np.finfo("float32").max)  # of a learning rate
@@ -31,6 +33,12 @@ class MutualInformationLR(keras.callbacks.Callback):
     Two lower bounds of the information are measured in the same pass: the counted
     mutual information of (prediction, label), and H(Y) − CE. The larger one is what the
     policy sees.
+
+    Labels may be of any kind: classes, yes or no, several of these at once, numbers;
+    one for each sample, token or pixel, of one output or several. Of yes-or-no labels,
+    each is a question by itself. Numbers are read in bins of equal numbers of samples,
+    as many as counts can serve, where H(Y) − CE does not exist. Each is measured in the
+    same way, and the mean drives the policy. See `targets` and `output`.
 
     With `layers` there is a rate for each layer, or group of layers, of a model that is
     compiled with a `LayerwiseOptimizer`. All of them are read in the same pass as the
@@ -89,7 +97,16 @@ class MutualInformationLR(keras.callbacks.Callback):
         readout: How to read. `"auto"`, a `keras_milr.readouts.Predictions` for the
             output, or with `layers` a `readouts.LinearReadout` or
             `readouts.UnitHistogram` for them. `"auto"` takes `from_logits` from the
-            compiled loss, and a `LinearReadout` for layers. Defaults to `"auto"`.
+            compiled losses, and a `LinearReadout` for layers. With a label for each
+            position, layers are read at one position of each sample, and must have the
+            same positions. Defaults to `"auto"`.
+        output: Name of the output to read, where the model has several. Defaults to
+            `None`: the mean of all that have a loss, by their loss weights; one that
+            cannot be read is left out, with a warning.
+        targets: What the labels are: `"sparse"`, `"one_hot"`, `"soft"`, `"binary"`,
+            `"multi_label"` or `"continuous"`, or a dict from the names of outputs to
+            these; see the table in `keras_milr.targets`. Defaults to `"auto"`: by loss,
+            labels and outputs together.
         learning_rate: The rate to start with. Float, or `"auto"` to find one by
             `lr_range_test` on `probe_data` before the first epoch, which costs at most
             an epoch of them and leaves no trace. Its batches are those of a dataset;
@@ -110,9 +127,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             had been known, when the training fails: the loss or the weights are not
             finite, or, with a probe, the output is worse than the same guess for
             every sample after it was better, or does not depend on the input any
-            more. A model with batch normalisation only counts as failed by its output
-            if its training loss is no better than a guess, 0.9 H(Y), since the averages
-            lag behind. Each time warns; after the tenth the training stops.
+            more; of continuous targets, only the latter. A model with batch
+            normalisation only counts as failed by its output if its training loss is no
+            better than a guess, 0.9 H(Y), since the averages lag behind, and not at all
+            where the loss is no cross-entropy. Each time warns; after the tenth the
+            training stops.
             Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
@@ -125,7 +144,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             `batch` (batches of that epoch trained by then), all fields of
             `policies.Reading` and of `readouts.Information`. With a probe the first is
             from before the training (`step` 0). With `layers` these fields are dicts
-            from layer to number, and `output` has what was found at the output.
+            from layer to number, and `output` has what was found at the output. Where
+            that is a mean, `outputs`, by name, and `labels` or `columns`, by number,
+            have what it is the mean of, and `bins` has the number of bins of continuous
+            targets.
         lr_range: The `LRRange` that was found with `learning_rate="auto"`, else `None`.
 
     Raises:
@@ -150,6 +172,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         layers=None,
         *,
         readout="auto",
+        output=None,
+        targets="auto",
         learning_rate=None,
         min_lr=1e-6,
         max_lr=None,
@@ -213,6 +237,20 @@ class MutualInformationLR(keras.callbacks.Callback):
                 "Argument `layers` needs `probe_data`: a metric knows nothing of what "
                 f"layers say. Received: layers={layers!r}, probe_data=None"
             )
+        if output is not None and not isinstance(output, str):
+            raise TypeError(
+                "Argument `output` must be the name of an output of the model. "
+                f"Received: output={output!r} of type {type(output).__name__}"
+            )
+        check_kind(targets)
+        given = {"output": output, "targets": None if targets == "auto" else targets}
+        for name, value in given.items():
+            if value is not None and probe_data is None:
+                raise ValueError(
+                    f"Argument `{name}` needs `probe_data`: a metric belongs to one "
+                    "output, and is told the kind of its labels itself. "
+                    f"Received: {name}={value!r}, probe_data=None"
+                )
         if monitor is not None and probe_data is not None:
             raise ValueError(
                 "Arguments `monitor` and `probe_data` exclude each other: one names a "
@@ -224,6 +262,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.probe_size = probe_size
         self.layers = layers
         self.readout = readout
+        self.output = output
+        self.targets = targets
         self.learning_rate = learning_rate
         self.min_lr = min_lr
         self.max_lr = max_lr
@@ -264,8 +304,13 @@ class MutualInformationLR(keras.callbacks.Callback):
             else:
                 self._rates = rates.LayerRates(self.model, self.layers)
                 groups, layer_readout = self._rates.groups, self._layer_readout()
+            known = isinstance(self.readout, readouts.Predictions)
             self._probe = probe.Probe(
-                self.model, sample, self._output_readout(), groups, layer_readout
+                self.model,
+                sample,
+                self.readout if known else None,
+                groups,
+                layer_readout,
             )
         if not self._is_auto():
             check_bounds(self._rates.get(), self.min_lr, self.max_lr)
@@ -364,7 +409,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         if isinstance(data, tuple):
             x, y, weight = (*data, None)[:3]
             steps = self.params.get("steps")
-            batch_size = -(-len(y) // steps) if steps else None
+            rows = len(keras.tree.flatten(x)[0])
+            batch_size = -(-rows // steps) if steps else None
         try:
             self.lr_range = lr_range_test(
                 self.model,
@@ -375,6 +421,8 @@ class MutualInformationLR(keras.callbacks.Callback):
                 seed=self.seed,
                 verbose=self.verbose,
                 sample_weight=weight,
+                output=self.output,
+                targets=self.targets,
             )
         except (TypeError, ValueError) as error:
             message = str(error).replace("`x`", "`probe_data`")
@@ -461,23 +509,25 @@ class MutualInformationLR(keras.callbacks.Callback):
             record[name] = by_name([getattr(info, name) for info in infos])
         if names:
             record["output"] = self._last[0]._asdict()
+        if self._probe is not None:
+            record |= self._probe.details
         self.history.append(record)
 
     def _draw_sample(self):
         """The sample, kept from one `fit` to the next."""
         model, sample = self.model, self._sample
-        if sample is None or sample.num_units != probe.num_output_units(
-            model, sample.x
-        ):
-            self._sample = probe.draw_sample(
-                self.probe_data, model, self.probe_size, self.seed
+        if sample is None or sample.signature != signature(outputs_of(model, sample.x)):
+            self._sample = sample = probe.draw_sample(
+                self.probe_data,
+                model,
+                self.probe_size,
+                self.seed,
+                self.output,
+                self.targets,
             )
-        return self._sample
-
-    def _output_readout(self):
-        if isinstance(self.readout, readouts.Predictions):
-            return self.readout
-        return probe.output_readout(self.model)
+            for note in sample.notes:
+                warnings.warn(f"MutualInformationLR: {note}", stacklevel=2)
+        return sample
 
     def _layer_readout(self):
         if isinstance(self.readout, _LAYER_READOUTS):
@@ -485,14 +535,16 @@ class MutualInformationLR(keras.callbacks.Callback):
         return readouts.LinearReadout(seed=self.seed)
 
     def _check_first(self, info):
-        if not math.isnan(info.bound):
+        kinds = {labels.target.kind for labels in self._sample.labels}
+        if not math.isnan(info.bound) or "continuous" in kinds:
             return
-        if self._sample.num_units == 1:
+        if kinds == {"binary"}:
             raise ValueError(
                 "The model's single output has values outside [0, 1], so 0.5 cannot be "
                 "the threshold between the classes. If it is a logit, compile with "
                 "`BinaryCrossentropy(from_logits=True)` or pass "
-                "`readout=keras_milr.readouts.Predictions(from_logits=True)`."
+                "`readout=keras_milr.readouts.Predictions(from_logits=True)`. If it is "
+                "a number, pass `targets='continuous'`."
             )
         warnings.warn(
             "MutualInformationLR: the model's outputs are not probabilities, and its "
@@ -514,8 +566,16 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def get_config(self):
         """The constructor's arguments, except `probe_data`, which is no setting."""
-        names = ("probe_size", "layers", "learning_rate", "min_lr", "max_lr")
-        names += ("update_freq", "rollback", "monitor", "seed", "verbose")
+        names = ("probe_size", "layers", "output", "targets", "learning_rate")
+        names += (
+            "min_lr",
+            "max_lr",
+            "update_freq",
+            "rollback",
+            "monitor",
+            "seed",
+            "verbose",
+        )
         objects = ("policy", "readout", "reference")
         serialize = keras.saving.serialize_keras_object
         return {name: getattr(self, name) for name in names} | {

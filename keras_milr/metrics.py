@@ -44,67 +44,108 @@ class MutualInformation(keras.metrics.Metric):
             `"mutual_information"`.
         dtype: (Optional) data type of the metric result. The counts are always
             float32.
-        from_logits: Whether a single output unit is a logit (threshold 0) rather than
-            a probability (threshold 0.5). Without effect on two or more units. Defaults
-            to `False`.
+        from_logits: Whether a single output unit, or each of a multi-label model, is a
+            logit (threshold 0) rather than a probability (threshold 0.5). Without
+            effect on the units of other models. Defaults to `False`.
+        targets: `"auto"`, by shape: class ids, or one-hot or soft labels, whose class
+            is the largest entry. `"multi_label"`: labels of 0 and 1 for each unit, each
+            of them a question of its own; the mean over those of which both values
+            occur. Continuous targets need a probe. Defaults to `"auto"`.
     """
 
     _direction = "up"  # Read by EarlyStopping, ModelCheckpoint, ReduceLROnPlateau.
 
-    def __init__(self, name="mutual_information", dtype=None, from_logits=False):
+    def __init__(
+        self,
+        name="mutual_information",
+        dtype=None,
+        from_logits=False,
+        targets="auto",
+    ):
         super().__init__(name=name, dtype=dtype)
         check_bool("from_logits", from_logits)
+        if not isinstance(targets, str) or targets not in ("auto", "multi_label"):
+            remedy = ""
+            if isinstance(targets, str) and targets == "continuous":
+                remedy = (
+                    ". The bins of continuous targets are not known before all targets "
+                    "are: use `MutualInformationLR(probe_data=(x, y))`, which draws a "
+                    "sample"
+                )
+            raise ValueError(
+                "Argument `targets` must be 'auto' or 'multi_label'. "
+                f"Received: targets={targets!r}{remedy}"
+            )
         self.from_logits = from_logits
+        self.targets = targets
         self.counts = None
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch to the table.
 
         Args:
-            y_true: Class ids of shape `(n,)` or `(n, 1)`, or one-hot labels of shape
-                `(n, K)`. An id that is no class of the outputs is not counted.
-            y_pred: Outputs of shape `(n, K)`, or `(n, 1)` for two classes.
-            sample_weight: Optional weights of shape `(n,)` or `(n, 1)`, or a scalar.
+            y_true: Class ids of shape `(n, ...)` or `(n, ..., 1)`, where `...` are
+                positions, tokens or pixels, if any; or one-hot, soft or multi-label
+                ones of shape `(n, ..., K)`. An id that is no class of the outputs is
+                not counted.
+            y_pred: Outputs of shape `(n, ..., K)`, or `(n, ..., 1)` for two classes.
+                What a mask that they carry leaves out is not counted.
+            sample_weight: Optional weights of shape `(n,)`, `(n, 1)` or `(n, ...)`, or
+                a scalar.
 
         Raises:
             ValueError: for shapes that do not fit.
         """
         ops = keras.ops
-        y_pred = ops.convert_to_tensor(y_pred)
+        mask = _keras.mask_of(y_pred)
+        y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
         if len(y_pred.shape) == 1:
             y_pred = ops.expand_dims(y_pred, -1)
-        if len(y_pred.shape) != 2 or y_pred.shape[-1] is None:
+        if len(y_pred.shape) == 0 or y_pred.shape[-1] is None:
             raise ValueError(
-                "MutualInformation expects outputs of shape (n, units). "
+                "MutualInformation expects outputs of shape (n, ..., units). "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        units = y_pred.shape[-1]
-        classes = targets.num_classes(units)
+        units, positions = y_pred.shape[-1], tuple(y_pred.shape[1:-1])
+        kind = targets.label_kind(y_true.shape, units, positions)
+        if self.targets == "multi_label":
+            if kind != "one_hot":
+                raise ValueError(
+                    "With `targets='multi_label'` MutualInformation expects labels of "
+                    "the shape of the outputs, two units or more. Received: "
+                    f"y_true.shape={tuple(y_true.shape)}, "
+                    f"y_pred.shape={tuple(y_pred.shape)}"
+                )
+            kind = "multi_label"
+        classes = 2 if kind == "multi_label" else targets.num_classes(units)
+        several = (units,) if kind == "multi_label" else ()
         if self.counts is None:
             self.counts = self.add_variable(
-                shape=(classes + 1, classes),
+                shape=(*several, classes + 1, classes),
                 initializer="zeros",
                 dtype="float32",
                 name="counts",
             )
-        elif self.counts.shape[1] != classes:
+        elif self.counts.shape != (*several, classes + 1, classes):
             raise ValueError(
-                f"MutualInformation has counted {self.counts.shape[1]} classes so far. "
+                f"MutualInformation has counted {self._counted()} so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        ids = targets.class_ids(y_true, units)
-        weight = ops.cast((ids >= 0) & (ids < classes), "float32")
-        if sample_weight is not None:
-            sample_weight = ops.cast(sample_weight, "float32")
-            weight = weight * ops.reshape(sample_weight, (-1,))
-        self.counts.assign_add(
-            ops.cast(
-                readouts.prediction_counts(
-                    y_pred, ops.where(weight > 0, ids, 0), weight, self.from_logits
-                ),
-                "float32",
+        ids = targets.class_ids(y_true, units, kind)
+        weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
+        for factor in (sample_weight, mask):
+            if factor is not None:
+                weight = weight * _like(ops.cast(factor, "float32"), weight)
+        weight = ops.reshape(weight, (-1,))
+        y_pred = ops.reshape(y_pred, (-1, units))
+        if several:
+            counts = readouts.label_counts(y_pred, ids, weight, self.from_logits)
+        else:
+            weight = weight * ops.cast((ids >= 0) & (ids < classes), "float32")
+            counts = readouts.prediction_counts(
+                y_pred, ops.where(weight > 0, ids, 0), weight, self.from_logits
             )
-        )
+        self.counts.assign_add(ops.cast(counts, "float32"))
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats."""
@@ -112,14 +153,39 @@ class MutualInformation(keras.metrics.Metric):
         if self.counts is None:
             return ops.zeros((), self.dtype)
         nats = information.mutual_information(self.counts.value)
+        if self.targets == "multi_label":
+            occur = ops.all(ops.sum(self.counts.value, axis=1) > 0, axis=-1)
+            occur = ops.cast(occur, "float32")
+            nats = ops.sum(ops.cast(nats, "float32") * occur)
+            nats = nats / ops.maximum(ops.sum(occur), 1.0)
         return ops.cast(nats, self.dtype)
+
+    def _counted(self):
+        classes = self.counts.shape[-1]
+        if len(self.counts.shape) == 2:
+            return f"{classes} classes"
+        return f"{self.counts.shape[0]} labels"
 
     def reset_state(self):
         if self.counts is not None:
             self.counts.assign(keras.ops.zeros(self.counts.shape, "float32"))
 
     def get_config(self):
-        return {**super().get_config(), "from_logits": self.from_logits}
+        config = {"from_logits": self.from_logits, "targets": self.targets}
+        return {**super().get_config(), **config}
+
+
+def _like(weight, positions):
+    """Weights that can be multiplied with those of all positions."""
+    ops = keras.ops
+    rank = len(positions.shape)
+    if len(weight.shape) == 0:
+        return weight
+    if rank == 1:
+        return ops.reshape(weight, (-1,))
+    for _ in range(rank - len(weight.shape)):
+        weight = ops.expand_dims(weight, -1)
+    return ops.reshape(weight, ops.shape(weight)[:rank])
 
 
 class MetricTable:
@@ -190,7 +256,7 @@ class MetricTable:
             return
         use_trained = validated and not self._validation
         total = self._trained if use_trained else self._counts()
-        nats = information.mutual_information(total)
+        nats = _nats(total)
         if abs(nats - logs.get(key, nats)) > 0.01:
             raise ValueError(
                 f"The metric {self._metric.name!r} has been used since the epoch "
@@ -224,7 +290,7 @@ class MetricTable:
             counts = counts + total - self._read
         if np.ndim(counts) == 0:
             return None
-        if np.count_nonzero(counts.sum(axis=0)) < 2:
+        if not np.any(np.count_nonzero(counts.sum(axis=-2), axis=-1) >= 2):
             if mid_epoch:
                 return None
             raise ValueError(
@@ -234,10 +300,26 @@ class MetricTable:
             )
         self._unread = 0.0
         self._read = self._read if total is None else total
-        return readouts.from_counts(counts)
+        if counts.ndim == 2:
+            return readouts.from_counts(counts)
+        return readouts.mean([readouts.from_counts(one) for one in _varied(counts)])
 
     def _counts(self):
         if self._metric.counts is None:  # Not used yet.
             return np.zeros((3, 2))
         counts = keras.ops.convert_to_numpy(self._metric.counts.value)
         return counts.astype("float64")
+
+
+def _varied(counts):
+    """The tables of the labels of which both values occur."""
+    return counts[np.all(counts.sum(axis=1) > 0, axis=-1)]
+
+
+def _nats(counts):
+    """As the metric computes it."""
+    if counts.ndim == 3:
+        counts = _varied(counts)
+    return (
+        float(np.mean(information.mutual_information(counts))) if len(counts) else 0.0
+    )

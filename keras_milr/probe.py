@@ -7,10 +7,35 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_milr import backend, layers, targets
-from keras_milr.readouts import Information, Predictions
+from keras_milr import _keras, backend, layers, outputs, targets
+from keras_milr.readouts import Columns, Information, Predictions, mean
+from keras_milr.readouts.predictions import scaled, tally
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
+
+
+class Labels(NamedTuple):
+    """Labels of one output, as class ids.
+
+    Attributes:
+        name: The output's name.
+        index: Its place among the outputs of the model.
+        share: Its weight in the mean over outputs.
+        target: What the output is asked.
+        class_ids: int32 ids, shape `(n, ...)` with the positions of the target, or
+            `(n, ..., columns)` where each unit is a question of its own.
+        sample_weight: float32 weights of shape `(n, ...)`, or None. Without positions
+            they add up to the effective number of samples, (Σw)² / Σw², so that errors
+            and biases that depend on it do not depend on the scale of the weights. With
+            positions the mask of the output comes in first; see `Probe`.
+    """
+
+    name: str
+    index: int
+    share: float
+    target: targets.Target
+    class_ids: np.ndarray
+    sample_weight: np.ndarray | None
 
 
 class Sample(NamedTuple):
@@ -18,17 +43,25 @@ class Sample(NamedTuple):
 
     Attributes:
         x: Array, or list, tuple or dict of arrays, of length n.
-        class_ids: int32 ids, shape `(n,)`.
-        sample_weight: float32 weights of shape `(n,)`, or None. They add up to the
-            effective number of samples, (Σw)² / Σw², so that errors and biases that
-            depend on it do not depend on the scale of the weights.
-        num_units: Number of output units that the labels were read for.
+        labels: List of `Labels`, one for each output that is read.
+        signature: What of the model they were read for; see `outputs.signature`.
+        notes: What is left out and why, in sentences.
     """
 
     x: Any
-    class_ids: np.ndarray
-    sample_weight: np.ndarray | None
-    num_units: int
+    labels: list[Labels]
+    signature: list
+    notes: list[str]
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """Those of the only output, or of the first."""
+        return self.labels[0].class_ids
+
+    @property
+    def sample_weight(self) -> np.ndarray | None:
+        """Those of the only output, or of the first."""
+        return self.labels[0].sample_weight
 
 
 class Rows(NamedTuple):
@@ -36,42 +69,57 @@ class Rows(NamedTuple):
 
     Attributes:
         x: Array, or structure of arrays, of length n.
-        y: Labels of any kind, of length n.
-        sample_weight: Weights of shape `(n,)`, or None.
-        class_ids: int32 ids of `y`, shape `(n,)`.
+        y: Labels of any kind, of length n, or a structure of them.
+        sample_weight: Weights as they came, or None.
+        labels: List of `Labels`, one for each output that is read.
         positions: The rows' positions in the data, shape `(n,)`, ascending.
-        num_units: Number of output units that the labels were read for.
+        strata: Number of classes that the draw gave their share each, or 1.
+        signature: What of the model they were read for; see `outputs.signature`.
+        notes: What is left out and why, in sentences.
         batch_sizes: Numbers of rows in the batches of the data, all of them.
     """
 
     x: Any
-    y: np.ndarray
-    sample_weight: np.ndarray | None
-    class_ids: np.ndarray
+    y: Any
+    sample_weight: Any
+    labels: list[Labels]
     positions: np.ndarray
-    num_units: int
+    strata: int
+    signature: list
+    notes: list[str]
     batch_sizes: list[int]
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """Those of the only output, or of the first."""
+        return self.labels[0].class_ids
 
     def sample(self) -> Sample:
         """The rows to measure on."""
-        weight = self.sample_weight
-        if weight is not None:
-            weight = weight * np.float32(weight.sum() / (weight**2).sum())
-        return Sample(self.x, self.class_ids, weight, self.num_units)
+        return Sample(self.x, self.labels, self.signature, self.notes)
 
 
-def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
+def draw_sample(
+    data, model, size: int = 2048, seed: int = 0, output=None, kind="auto"
+) -> Sample:
     """Draws a class-stratified sample in one pass over the data.
 
-    Each class gets its share of the data, and at least one sample. The draw depends on
-    the seed and on the order of the data, not on how they are batched.
+    Each class gets its share of the data, and at least one sample; of a continuous
+    target, each bin. Where a sample has many labels (positions, several labels, targets
+    or outputs) or there are more than `targets.MANY` classes, it is drawn at random.
+    The draw depends on the seed and on the order of the data, not on how they are
+    batched.
 
     Args:
         data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
             batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator.
-        model: The built `keras.Model` to measure; its output says how labels are read.
+        model: The built `keras.Model` to measure; its outputs and losses say how labels
+            are read.
         size: Number of samples to draw; all of them where there are no more.
         seed: Integer seed.
+        output: Name of the output to read. Defaults to all that have a loss.
+        kind: Kind of the labels, see `keras_milr.targets`, or a dict from the names of
+            outputs to kinds. Defaults to `"auto"`.
 
     Returns:
         A `Sample`, in the order of the data.
@@ -81,10 +129,10 @@ def draw_sample(data, model, size: int = 2048, seed: int = 0) -> Sample:
             one class only; for labels that do not fit the outputs; for inputs that are
             not finite; for a `size` below 2 for each class.
     """
-    return draw_rows(data, model, size, seed).sample()
+    return draw_rows(data, model, size, seed, output, kind).sample()
 
 
-def draw_rows(data, model, size: int, seed: int) -> Rows:
+def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Rows:
     """Draws the rows of a sample, with their labels and weights as they came.
 
     See `draw_sample`.
@@ -96,10 +144,9 @@ def draw_rows(data, model, size: int, seed: int) -> Rows:
         if n == 0:
             continue
         if pool is None:
-            num_units = num_output_units(model, x)
-            classes = targets.num_classes(num_units)
-            pool = _Pool(classes)
-        ids = targets.checked_class_ids(y, num_units)
+            plan = _Plan(model, x, y, output, kind)
+            pool = _Pool(plan.classes)
+        ids = plan.checked(y, sample_weight)
         _check_finite(x)
         rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
         batch_sizes.append(n)
@@ -108,32 +155,214 @@ def draw_rows(data, model, size: int, seed: int) -> Rows:
         pool.add(rows, ids, rng.random(n))
         # Memory stays bounded by the sample. Twice the share keeps whatever the
         # final draw will want, but for a chance that is negligible.
-        if len(pool) > 4 * size + 16 * classes:
+        if len(pool) > 4 * size + 16 * plan.classes:
             pool.keep(2.0 * size * pool.counts / pool.counts.sum() + 4)
     if pool is None:
         raise ValueError("Argument `probe_data` is empty. Received: no samples")
     present = np.count_nonzero(pool.counts)
-    if present == 1:
+    if plan.classes > 1 and present == 1:
         raise ValueError(
             "Argument `probe_data` must have at least two classes: labels of a single "
             "class have no entropy, and nothing can be known about them. "
             f"Received: class {int(np.argmax(pool.counts))} only"
         )
-    if size < 2 * present:
+    if plan.classes > 1 and size < 2 * present:
         raise ValueError(
             "Argument `probe_size` must be at least 2 for each class. Received: "
             f"probe_size={size} for {present} classes"
         )
+    if plan.bins:
+        # Bins are not known before the targets are.
+        pool.keep([2 * size])
+        pool.stratify(plan.bin_ids(pool.rows()[0]["y"]))
     pool.keep(_shares(pool.counts, size))
-    rows, ids = pool.rows()
-    weight = rows.get("sample_weight")
-    if weight is not None and len(np.unique(ids[weight > 0])) < 2:
-        raise ValueError(
-            "The sample weights of `probe_data` must be above 0 in at least two "
-            "classes. Received: 0 in all others"
-        )
-    position = rows["position"]
-    return Rows(rows["x"], rows["y"], weight, ids, position, num_units, batch_sizes)
+    rows, _ = pool.rows()
+    y, weight = rows["y"], rows.get("sample_weight")
+    return Rows(
+        rows["x"],
+        y,
+        weight,
+        plan.labels(y, weight),
+        rows["position"],
+        max(present, 1),
+        plan.signature,
+        plan.notes,
+        batch_sizes,
+    )
+
+
+class _Plan:
+    """Which outputs of a model are read, and as what.
+
+    Args:
+        model: A `keras.Model`.
+        x: Inputs of some samples.
+        y: Their labels, as `fit` takes them.
+        output: See `draw_sample`; so is `kind`.
+        kind: A kind, or a dict.
+    """
+
+    def __init__(self, model, x, y, output, kind):
+        self._all = outputs.outputs_of(model, x)
+        self.signature = outputs.signature(self._all)
+        self.notes = []
+        self._outputs, self._targets = [], []
+        names = [one.name for one in self._all]
+        if isinstance(kind, dict):
+            outputs.by_output(kind, names, "kinds in `targets`")
+        found = outputs.labels_of(y, self._all)
+        several = outputs.chosen(self._all, output)
+        for one in several:
+            given = kind.get(one.name, "auto") if isinstance(kind, dict) else kind
+            try:
+                if found[one.index] is None:
+                    raise ValueError(f"There are no labels for output {one.name!r}")
+                target = targets.detect(one.loss, found[one.index], one.values, given)
+            except ValueError as error:
+                if len(several) == 1 or given != "auto":
+                    raise
+                self._leave_out(one, error)
+                continue
+            self._outputs.append(one)
+            self._targets.append(target)
+        self._check_any()
+        only = self._targets[0] if len(self._targets) == 1 else None
+        per_sample = only is not None and not only.positions
+        self.classes = 1
+        if per_sample and not only.by_unit and only.num_classes <= targets.MANY:
+            self.classes = only.num_classes
+        self.bins = per_sample and only.kind == "continuous" and only.units == 1
+        self._seen = [
+            None
+            if target.by_unit or target.num_classes <= targets.MANY
+            else np.zeros(target.num_classes)
+            for target in self._targets
+        ]
+
+    def checked(self, y, weight):
+        """Checks labels and weights of a batch; ids of the classes to share out."""
+        rows = [self._ids(*row) for row in self._each(y, weight)]
+        for seen, (ids, weights) in zip(self._seen, rows, strict=True):
+            if seen is not None:
+                flat = None if weights is None else weights.reshape(-1)
+                seen += np.bincount(ids.reshape(-1), flat, minlength=len(seen))
+        ids = rows[0][0]
+        return ids if self.classes > 1 else np.zeros(len(ids), "int32")
+
+    def bin_ids(self, y):
+        """Ids of the bins of the only target, which each shall have their share."""
+        values, _ = self._ids(*next(self._each(y, None)))
+        counted = np.ones(len(values), bool)
+        target, ids = targets.settled(self._targets[0], values, counted, len(values))
+        return ids[:, 0] if len(target.columns) else np.zeros(len(values), "int32")
+
+    def labels(self, y, weight) -> list[Labels]:
+        """The labels of the sample."""
+        found, rows = [], list(self._each(y, weight))
+        for one, seen, row in zip(self._outputs, self._seen, rows, strict=True):
+            target = row[0]
+            if seen is not None:
+                target = target._replace(shares=seen / max(seen.sum(), 1e-30))
+            ids, weights = self._ids(*row)
+            counted = np.ones(ids.shape[: 1 + len(target.positions)], bool)
+            samples = len(ids)
+            if weights is not None:
+                counted = weights > 0
+                of_sample = weights.reshape(len(ids), -1).sum(axis=1, dtype="float64")
+                total, square = of_sample.sum(), (of_sample**2).sum()
+                samples = total**2 / max(square, 1e-30)
+                if not target.positions and total > 0:
+                    weights = weights * np.float32(total / square)
+            target, ids = targets.settled(target, ids, counted, samples)
+            try:
+                self._check_varied(target, ids[counted], weight)
+            except ValueError as error:
+                if len(rows) == 1:
+                    raise
+                self._leave_out(one, error)
+                continue
+            if target.by_unit and len(target.columns) < target.units:
+                without = sorted(set(range(target.units)) - set(target.columns))
+                self.notes.append(
+                    f"Output {one.name!r}: labels that are the same in all of the "
+                    f"probe are left out. Received: {_listed(without)}"
+                )
+            found.append(Labels(one.name, one.index, one.weight, target, ids, weights))
+        self._check_any(found)
+        return found
+
+    def _each(self, y, weight):
+        """Target, labels and weights of each output."""
+        labels = outputs.labels_of(y, self._all)
+        if keras.tree.is_nested(weight):
+            weights = outputs.labels_of(
+                weight, self._all, "sample weights in `probe_data`"
+            )
+        else:
+            weights = [weight] * len(self._all)
+        for one, target in zip(self._outputs, self._targets, strict=True):
+            if labels[one.index] is None:
+                raise ValueError(f"There are no labels for output {one.name!r}")
+            yield target, labels[one.index], weights[one.index]
+
+    def _ids(self, target, labels, weight):
+        """Ids, or targets, and weights for each position, or None."""
+        shape = (len(labels), *target.positions)
+        if weight is not None:
+            # Keras' own losses take (n, 1) for all positions of a sample, not (n,).
+            axes = weight.shape[1:] + (1,) * (len(shape) - weight.ndim)
+            pairs = zip(axes, target.positions, strict=False)
+            fits = len(axes) == len(target.positions)
+            if not fits or any(size not in (1, full) for size, full in pairs):
+                also = f" or (n, {', '.join(map(str, target.positions))})"
+                raise ValueError(
+                    "The sample weights of `probe_data` must have shape (n,)"
+                    f"{also if target.positions else ''}. Received: {weight.shape}"
+                )
+            weight = weight.reshape(len(labels), *axes)
+            weight = np.broadcast_to(weight, shape).astype("float32")
+        if target.ignore_class is not None and labels.size == np.prod(shape):
+            ignored = labels.reshape(shape) == target.ignore_class
+            if np.any(ignored):
+                weight = np.ones(shape, "float32") if weight is None else weight
+                weight = np.where(ignored, np.float32(0), weight)
+        # Labels in padding may be anything; those of whole samples may not.
+        masked = target.positions or target.ignore_class is not None
+        counted = weight > 0 if weight is not None and masked else None
+        return targets.checked_ids(labels, target, counted), weight
+
+    def _check_varied(self, target, ids, weight):
+        if target.by_unit:
+            if len(target.columns) == 0:
+                raise ValueError(
+                    "Argument `probe_data` must have labels that vary: those that are "
+                    "all the same have no entropy, and nothing can be known about "
+                    f"them. Received: {target.units} constant label(s)"
+                )
+        elif len(np.unique(ids)) < 2:
+            if weight is None:
+                raise ValueError(
+                    "Argument `probe_data` must have at least two classes. Received: "
+                    f"class {ids[:1]} only"
+                )
+            raise ValueError(
+                "The sample weights of `probe_data` must be above 0 in at least two "
+                "classes. Received: 0 in all others"
+            )
+
+    def _leave_out(self, one, error):
+        self.notes.append(f"Output {one.name!r} is not read: {error}")
+
+    def _check_any(self, found=None):
+        if not (self._outputs if found is None else found):
+            raise ValueError(
+                "None of the model's outputs can be read. " + " ".join(self.notes)
+            )
+
+
+def _listed(numbers, most=10):
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown + (", ..." if len(numbers) > most else "")
 
 
 class _Pool:
@@ -173,6 +402,11 @@ class _Pool:
         chosen = np.sort(order[rank < np.asarray(quota)[ids]])
         self._chunks = [self._take(chosen)]
         self._ids, self._priorities = self._ids[chosen], self._priorities[chosen]
+
+    def stratify(self, ids):
+        """Gives the rows that are kept other classes."""
+        self.counts = np.bincount(ids)
+        self._ids = ids
 
     def rows(self):
         return self._chunks[0], self._ids
@@ -244,10 +478,20 @@ def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         if y is None:
             raise ValueError("Argument `probe_data` must have labels. Received: y=None")
-        x = keras.tree.map_structure(_array, x)
+        x, y = keras.tree.map_structure(_array, x), _of_outputs(y)
         if sample_weight is not None:
-            sample_weight = _array(sample_weight)
-        yield x, _array(y), sample_weight
+            sample_weight = _of_outputs(sample_weight)
+        yield x, y, sample_weight
+
+
+def _of_outputs(y):
+    """Labels or weights as NumPy: a dict or list of arrays has those of each output."""
+    if isinstance(y, dict):
+        return {name: _array(a) for name, a in y.items() if a is not None}
+    listed = isinstance(y, (list, tuple)) and len(y) > 0
+    if listed and all(len(getattr(a, "shape", ())) > 0 for a in y):
+        return [_array(a) for a in y]
+    return _array(y)
 
 
 def _array(x):
@@ -263,19 +507,15 @@ def _array(x):
 
 
 def _check_lengths(x, y, sample_weight):
-    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), y)]
-    if sample_weight is not None:
-        shapes.append(sample_weight.shape)
-        if sample_weight.ndim != 1:
-            raise ValueError(
-                "The sample weights of `probe_data` must have shape (n,). "
-                f"Received: {sample_weight.shape}"
-            )
-        number = sample_weight.dtype.kind in "biuf"
-        if not number or not np.all((sample_weight >= 0) & np.isfinite(sample_weight)):
+    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
+    weights = [] if sample_weight is None else keras.tree.flatten(sample_weight)
+    for weight in weights:
+        shapes.append(weight.shape)
+        number = weight.dtype.kind in "biuf"
+        if not number or not np.all((weight >= 0) & np.isfinite(weight)):
             raise ValueError(
                 "The sample weights of `probe_data` must be finite and not negative. "
-                f"Received: {sample_weight}"
+                f"Received: {weight}"
             )
     if any(len(shape) == 0 for shape in shapes):
         raise ValueError(
@@ -300,37 +540,13 @@ def _check_finite(x):
             )
 
 
-def num_output_units(model, x) -> int:
-    """Units of the model's output for inputs like `x`.
-
-    Runs the model on one row, without a trace in its state; a model without weights
-    yet (a subclassed one) is built by it.
-
-    Args:
-        model: A `keras.Model` with one output of shape `(n, units)`.
-        x: Array, or structure of arrays, with the batch first.
-
-    Raises:
-        ValueError: for several outputs, or an output that has another shape.
-    """
-    first = np.zeros(_fixed_batch_size(model) or 1, "int64")
-    row = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
-    with keras.StatelessScope():
-        outputs = model(row, training=False)
-    shapes = [tuple(t.shape) for t in keras.tree.flatten(outputs)]
-    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] is None:
-        raise ValueError(
-            "Measuring mutual information needs a model with one output of shape "
-            f"(n, units). Received: model {model.name!r} with output shape(s) {shapes}"
-        )
-    return shapes[0][1]
-
-
-def output_readout(model) -> Predictions:
-    """The readout for the model's output, by its compiled loss."""
-    losses = keras.tree.flatten(getattr(model, "loss", None))
-    from_logits = len(losses) == 1 and getattr(losses[0], "from_logits", False)
-    return Predictions(from_logits=bool(from_logits))
+def output_readout(target, readout=None):
+    """The readout of an output: the given one, where it serves for the target."""
+    if readout is not None:
+        target = target._replace(from_logits=readout.from_logits)
+    if target.by_unit:
+        return Columns(target)
+    return readout or Predictions(from_logits=target.from_logits)
 
 
 class Probe:
@@ -342,64 +558,242 @@ class Probe:
     runs in inference mode and is left as it was: weights, statistics, random seeds and
     metrics.
 
+    Where an output has a label for each position, each counts, with its weight and
+    within the mask that the model attaches to the output. Positions of one sample are
+    not independent, so errors and biases are those of the effective number of samples,
+    (Σw)² / Σw² with w the weight of all positions of a sample: as if those of one
+    sample said all the same, which is the worst case. Layers are read at one position
+    of each sample, drawn by the weights, so that rows are independent.
+
     Args:
         model: A built, compiled `keras.Model`.
         sample: What to measure on; see `draw_sample`.
-        readout: A readout of the output, such as `keras_milr.readouts.Predictions()`.
+        readout: A `readouts.Predictions`, for `from_logits`. Defaults to `None`: by the
+            compiled losses.
         groups: List of `layers.Group` to read too. Defaults to none.
         layer_readout: A readout for them, such as `readouts.LinearReadout()`.
+
+    Attributes:
+        accuracy: Share of the labels that the last reading found predicted.
+        finite: Whether all outputs were finite then.
+        details: What that reading is the mean of, as a dict that is JSON-serialisable:
+            `outputs`, where several are read, and of each, where it has them, `labels`
+            or `columns` by number, and `bins`.
     """
 
-    def __init__(self, model, sample: Sample, readout, groups=(), layer_readout=None):
-        self.readout = readout
+    def __init__(self, model, sample, readout=None, groups=(), layer_readout=None):
         self.layer_readout = layer_readout
-        self.num_classes = targets.num_classes(sample.num_units)
-        self._sample = sample
-        self._batches = _equal_batches(sample, _fixed_batch_size(model))
+        self.accuracy, self.finite, self.details = math.nan, True, {}
+        self._labels = sample.labels
+        self._readouts = [output_readout(one.target, readout) for one in self._labels]
+        self._batches = _equal_batches(sample, outputs.fixed_batch_size(model))
         self._groups = list(groups)
+        rng, rows = np.random.default_rng(0), len(self._batches[0][1][0])
+        places = [math.prod(one.target.positions) for one in self._labels]
+        places = places if self._groups else [1] * len(places)
+        chances = [rng.uniform(1e-6, 1.0, (rows, n)).astype("float32") for n in places]
 
-        def step(forward, state, x, class_ids, weight):
+        def step(forward, state, x, class_ids, weights, chances):
             with layers.recorded(groups) as activations:
-                (outputs,) = keras.tree.flatten(forward(x))
-                recorded = activations(class_ids.shape[0])
-                features = [layer_readout.features(a) for a in recorded]
-            return readout.update(state, outputs, class_ids, weight), features
+                flat = keras.tree.flatten(forward(x))
+                recorded = activations(rows)
+            new, features = [], []
+            for i, labels in enumerate(self._labels):
+                output, target = flat[labels.index], labels.target
+                weight = _masked(weights[i], output, target)
+                of_sample = keras.ops.sum(keras.ops.reshape(weight, (rows, -1)), axis=1)
+                flat_rows = _flattened(output, class_ids[i], weight, target)
+                new.append(
+                    {
+                        "read": self._readouts[i].update(state[i]["read"], *flat_rows),
+                        "weight": state[i]["weight"] + keras.ops.sum(of_sample),
+                        "square": state[i]["square"] + keras.ops.sum(of_sample**2),
+                    }
+                )
+                if not self._groups:
+                    continue
+                ids, at = class_ids[i], recorded
+                if target.positions:
+                    pick = _picked(weight, chances[i])
+                    ids = _at(ids, pick, target, target.by_unit)
+                    at = [
+                        [_activation_at(a, pick, target, group.name) for a in tensors]
+                        for group, tensors in zip(groups, recorded, strict=True)
+                    ]
+                # One after the other, where labels have no positions: once is enough.
+                shared = features and not target.positions and not features[0][3]
+                read = (
+                    features[0][0]
+                    if shared
+                    else [layer_readout.features(a) for a in at]
+                )
+                features.append((read, ids, of_sample, target.positions))
+            return new, [one[:3] for one in features]
 
         self._step = backend.compile_step(model, step)
+        self._chances = [keras.ops.convert_to_tensor(a) for a in chances]
 
     def measure(self) -> tuple[Information, list[Information]]:
-        """One reading of the model as it is now: of the output, and of each group."""
-        state = keras.tree.map_structure(
-            keras.ops.convert_to_tensor, self.readout.init(self.num_classes)
-        )
+        """One reading of the model as it is now: of the outputs, and of each group."""
+        zero = np.zeros((), "float32")
+        state = [
+            {
+                "read": readout.init(one.target.num_classes),
+                "weight": zero,
+                "square": zero,
+            }
+            for one, readout in zip(self._labels, self._readouts, strict=True)
+        ]
+        state = keras.tree.map_structure(keras.ops.convert_to_tensor, state)
         parts = []
         for batch in self._batches:
-            state, features = self._step(state, *batch)
+            state, features = self._step(state, *batch, self._chances)
             parts.append(features)
-        by_group = zip(*parts, strict=True)
-        return self.readout.finish(state), [
-            self._read(group.name, features)
-            for group, features in zip(self._groups, by_group, strict=True)
+        return self._finish(state), [
+            self._read(group, i, parts) for i, group in enumerate(self._groups)
         ]
 
-    def _read(self, name, features) -> Information:
-        ids, weight = self._sample.class_ids, self._sample.sample_weight
-        rows = sum(len(class_ids) for _, class_ids, _ in self._batches)
-        features = keras.ops.concatenate(features, axis=0)
-        if features.shape[0] != rows:  # Not known before, where a shape is dynamic.
-            raise ValueError(
-                "A layer to be read must put out numbers for each sample. Received: "
-                f"{name!r} in `layers`, with {features.shape[0]} rows for {rows}"
-            )
-        return self.layer_readout.read(
-            features[: len(ids)], ids, self.num_classes, weight
+    def _finish(self, state) -> Information:
+        infos, details, accuracies, self.finite = [], {}, [], True
+        for labels, readout, found in zip(
+            self._labels, self._readouts, state, strict=True
+        ):
+            scale = 1.0
+            if labels.target.positions:
+                weight, square = (
+                    float(keras.ops.convert_to_numpy(found[name]))
+                    for name in ("weight", "square")
+                )
+                scale = weight / max(square, 1e-30)
+            known = {}
+            if labels.target.shares is not None:
+                known["shares"] = labels.target.shares
+            infos.append(readout.finish(found["read"], scale, **known))
+            details[labels.name] = _details(labels, readout, found["read"], scale)
+            total, correct, none = (np.sum(a) for a in tally(scaled(found["read"])))
+            accuracies.append(correct / max(total, 1e-30))
+            self.finite &= bool(none == 0)
+        shares = [labels.share for labels in self._labels]
+        self.accuracy = float(np.average(accuracies, weights=shares))
+        if len(infos) == 1:
+            (self.details,) = details.values()
+        else:
+            named = zip(details.items(), infos, strict=True)
+            each = {name: one._asdict() | detail for (name, detail), one in named}
+            self.details = {"outputs": each}
+        return mean(infos, shares)
+
+    def _read(self, group, i, parts) -> Information:
+        """The reading of a group, the mean over all questions."""
+        ops = keras.ops
+        rows = sum(len(class_ids[0]) for _, class_ids, _ in self._batches)
+        infos = []
+        for k, labels in enumerate(self._labels):
+            features = ops.concatenate([part[k][0][i] for part in parts], axis=0)
+            if features.shape[0] != rows:  # Not known before, where a shape is dynamic.
+                raise ValueError(
+                    "A layer to be read must put out numbers for each sample. "
+                    f"Received: {group.name!r} in `layers`, with {features.shape[0]} "
+                    f"rows for {rows}"
+                )
+            target, n = labels.target, len(labels.class_ids)
+            ids, weight = labels.class_ids, labels.sample_weight
+            if target.positions:
+                ids, weight = (
+                    keras.ops.convert_to_numpy(
+                        ops.concatenate([p[k][j] for p in parts])
+                    )
+                    for j in (1, 2)
+                )
+                weight = weight[:n] * (weight[:n].sum() / (weight[:n] ** 2).sum())
+            questions = [(ids[:n], target.num_classes)]
+            if target.by_unit:
+                classes = [2] * len(target.columns)
+                if target.edges is not None:
+                    classes = [len(edges) + 1 for edges in target.edges]
+                questions = zip(ids[:n].T, classes, strict=True)
+            read = [
+                self.layer_readout.read(features[:n], one, classes, weight)
+                for one, classes in questions
+            ]
+            infos.append(mean(read))
+        return mean(infos, [labels.share for labels in self._labels])
+
+
+def _details(labels, readout, state, scale) -> dict:
+    target, details = labels.target, {}
+    if target.kind == "continuous":
+        bins = [len(edges) + 1 for edges in target.edges]
+        details["bins"] = bins if target.units > 1 else bins[0]
+    if target.by_unit and target.units > 1:
+        key = "columns" if target.kind == "continuous" else "labels"
+        parts = readout.parts(state, scale)
+        details[key] = {str(column): one._asdict() for column, one in parts.items()}
+    return details
+
+
+def _masked(weight, output, target):
+    """The weights of an output's positions, within the mask that it carries."""
+    ops = keras.ops
+    mask = _keras.mask_of(output)
+    if mask is None:
+        return weight
+    missing = 1 + len(target.positions) - len(mask.shape)
+    if missing < 0:
+        raise ValueError(
+            "The mask of an output must be one of its samples or positions. Received: "
+            f"a mask of shape {tuple(mask.shape)} for an output of shape "
+            f"{tuple(output.shape)}"
         )
+    for _ in range(missing):
+        mask = ops.expand_dims(mask, -1)
+    return weight * ops.cast(mask, "float32")
 
 
-def _fixed_batch_size(model) -> int | None:
-    shapes = [tuple(t.shape) for t in keras.tree.flatten(getattr(model, "inputs", []))]
-    fixed = {shape[0] for shape in shapes if shape and shape[0] is not None}
-    return fixed.pop() if fixed else None
+def _flattened(output, class_ids, weight, target):
+    """Outputs, ids and weights with all positions one after the other."""
+    ops = keras.ops
+    columns = (len(target.columns),) if target.by_unit else ()
+    return (
+        ops.reshape(output, (-1, target.units)),
+        ops.reshape(class_ids, (-1, *columns)),
+        ops.reshape(weight, (-1,)),
+    )
+
+
+def _picked(weight, chances):
+    """One position of each sample, at random in proportion to the weights.
+
+    A layer is read there only, so that the rows it is read from are independent.
+    """
+    ops = keras.ops
+    weight = ops.reshape(weight, chances.shape)
+    at_least = ops.maximum(weight, 1e-30)
+    race = ops.where(weight > 0, ops.log(chances) / at_least, -np.inf)
+    return ops.cast(ops.argmax(race, axis=1), "int32")
+
+
+def _at(values, pick, target, channels: bool):
+    """The values of each sample at its position."""
+    ops = keras.ops
+    rest = (values.shape[-1],) if channels else ()
+    values = ops.reshape(values, (pick.shape[0], math.prod(target.positions), *rest))
+    place = ops.reshape(pick, (-1, 1, *[1] * len(rest)))
+    return ops.take_along_axis(values, place, axis=1)[:, 0]
+
+
+def _activation_at(activation, pick, target, name):
+    positions = tuple(target.positions)
+    if tuple(activation.shape[1 : 1 + len(positions)]) != positions:
+        raise ValueError(
+            "With a label for each position, the layers to be read must have the same "
+            f"positions, {positions}. Name those in `layers`. Received: {name!r}, "
+            f"whose activations have shape {tuple(activation.shape)}"
+        )
+    rest = activation.shape[1 + len(positions) :]
+    size = math.prod(rest)
+    rows = keras.ops.reshape(activation, (pick.shape[0], *positions, size))
+    return keras.ops.reshape(_at(rows, pick, target, True), (-1, *rest))
 
 
 def _equal_batches(sample, size=None):
@@ -409,17 +803,30 @@ def _equal_batches(sample, size=None):
     """
     n = len(sample.class_ids)
     if size is None:
-        size = math.ceil(n / math.ceil(n / BATCH_SIZE))
-    weight = sample.sample_weight
-    weight = np.ones(n, "float32") if weight is None else weight
+        numbers = max(
+            math.prod(one.target.positions) * one.target.units for one in sample.labels
+        )
+        # Sums in float32 are exact for that many, and memory is bounded.
+        most = min(BATCH_SIZE, max(1, 2**24 // numbers))
+        size = math.ceil(n / math.ceil(n / most))
     batches = []
     for start in range(0, n, size):
         rows = np.arange(start, start + size)
         inside, rows = rows < n, np.minimum(rows, n - 1)
         batch = (
             keras.tree.map_structure(lambda a, r=rows: a[r], sample.x),
-            sample.class_ids[rows],
-            np.where(inside, weight[rows], 0.0).astype("float32"),
+            [one.class_ids[rows] for one in sample.labels],
+            [_weights_of(one, rows, inside) for one in sample.labels],
         )
         batches.append(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
     return batches
+
+
+def _weights_of(labels, rows, inside):
+    weight = labels.sample_weight
+    if weight is None:
+        weight = np.ones((len(rows), *labels.target.positions), "float32")
+    else:
+        weight = weight[rows]
+    inside = inside.reshape(-1, *[1] * len(labels.target.positions))
+    return np.where(inside, weight, 0.0).astype("float32")

@@ -11,6 +11,7 @@ from absl import logging
 
 from keras_milr import backend, probe, rates
 from keras_milr._arguments import check_integer, check_number
+from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
 from keras_milr.readouts import Information
 from keras_milr.untouched import (
@@ -42,8 +43,9 @@ class LRRange(NamedTuple):
         information: Accessible information after the training, in nats. NaN where the
             training ended in numbers that are not finite.
         loss: Cross-entropy of the labels, in nats. NaN where the outputs are no
-            probabilities.
-        accuracy: Share of samples whose class was predicted.
+            probabilities, as with continuous targets.
+        accuracy: Share of the labels that were predicted; of continuous targets, of
+            their bins.
         failed: Whether the training failed.
         noise: Standard error of a change of the information.
         start: Information before any training.
@@ -92,6 +94,8 @@ def lr_range_test(
     sample_weight=None,
     class_weight=None,
     max_steps=None,
+    output=None,
+    targets="auto",
 ):
     """Finds the learning rates that a model can be trained with, and the best of them.
 
@@ -133,8 +137,7 @@ def lr_range_test(
     ```
 
     Args:
-        model: A compiled `keras.Model` with one output of class probabilities or
-            logits. Its state is the start.
+        model: A compiled `keras.Model`. Its state is the start.
         x: Inputs as `fit` takes them: array, structure of arrays, or with the labels in
             them a finite `tf.data.Dataset` or `keras.utils.PyDataset` of batches.
         y: Labels, where `x` is arrays. Defaults to `None`.
@@ -160,6 +163,10 @@ def lr_range_test(
             Defaults to `None`.
         max_steps: Integer, training steps of all rates together, where `steps` is not
             given. Defaults to `None`: one epoch.
+        output: Name of the output to judge by, where the model has several. Defaults to
+            `None`: the mean over outputs, by their loss weights.
+        targets: Kind of the labels, or a dict from the names of outputs to kinds; see
+            `MutualInformationLR`. Defaults to `"auto"`.
 
     Returns:
         An `LRRange`: `min_lr`, `max_lr`, `best_lr`, and the table.
@@ -182,16 +189,17 @@ def lr_range_test(
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first_x, first_y, _ = next(probe.batches(data), (None, (), None))
-        if len(first_y) > 0:
+            first_x, _, _ = next(probe.batches(data), ((), None, None))
+        first = max(map(len, keras.tree.flatten(first_x)), default=0)
+        if first > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
-            probe.num_output_units(model, first_x)
-        batch_size = batch_size or (32 if y is not None else len(first_y))
+            outputs_of(model, first_x)
+        batch_size = batch_size or (32 if y is not None else first)
     with own_random_state(seed) as reseed:
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
-            rows = probe.draw_rows(data, model, most, seed)
+            rows = probe.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
@@ -256,14 +264,13 @@ class _Trial:
                     "0: the rate of a layer is a multiple of it. "
                     f"Received: learning_rate={rates.base_rate(model)}"
                 )
-        readout = _WithLoss(probe.output_readout(model))
-        self._probe = probe.Probe(model, sample, readout)
+        self._probe = probe.Probe(model, sample)
         if has_statistics(model):
             # As they will be after the training, which alone shall make a difference.
             for x, _, _ in batches:
                 model(x, training=True)
         self.start = self._read(0.0)
-        _check_start(self.start, sample.num_units)
+        _check_start(self.start, sample.labels)
 
     def run(self, rate: float) -> _Row:
         """Trains at a rate and reads."""
@@ -290,10 +297,10 @@ class _Trial:
         return row
 
     def _read(self, rate):
-        (info, loss, accuracy, finite), _ = self._probe.measure()
-        if not finite:
+        info, _ = self._probe.measure()
+        if not self._probe.finite:
             return _Row(rate, None, math.nan, math.nan, True)
-        return _Row(rate, info, loss, accuracy, False)
+        return _Row(rate, info, info.cross_entropy, self._probe.accuracy, False)
 
     def _collapsed(self, row):
         """Whether most of what was known at a lower rate, or at the start, is lost.
@@ -315,25 +322,6 @@ class _Trial:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
         return row.info.accessible < known / 2 and not row.loss < limit
-
-
-class _WithLoss:
-    """A readout of outputs that also tells cross-entropy and accuracy."""
-
-    def __init__(self, readout):
-        self.init = readout.init
-        self.update = readout.update
-        self._finish = readout.finish
-
-    def finish(self, state):
-        counts, surprise, improper = (
-            keras.ops.convert_to_numpy(state[name]).astype("float64")
-            for name in ("counts", "surprise", "improper")
-        )
-        loss = surprise.sum() / counts.sum() if improper == 0 else math.nan
-        accuracy = np.trace(counts) / counts.sum()
-        # The last row counts outputs that are not finite.
-        return self._finish(state), loss, accuracy, counts[-1].sum() == 0
 
 
 def _affordable_steps(budget, candidates):
@@ -464,8 +452,8 @@ def _split(rows, model, steps, batch_size, class_weight, probe_size, seed):
     """What to judge on, and batches of other rows to train on."""
     n, wanted = len(rows.class_ids), steps * batch_size
     size = min(probe_size, n - min(wanted, n // 2))
-    classes = len(np.unique(rows.class_ids))
-    if size < 2 * classes <= probe_size:
+    classes = rows.strata
+    if size < 2 * classes <= probe_size and classes > 1:
         raise ValueError(
             "Argument `x` must have at least 4 samples for each class, to train on "
             f"some and judge on others. Received: {n} samples of {classes} classes"
@@ -473,20 +461,33 @@ def _split(rows, model, steps, batch_size, class_weight, probe_size, seed):
     data = (rows.x, rows.y)
     if rows.sample_weight is not None:
         data = (*data, rows.sample_weight)
-    drawn = probe.draw_rows(data, model, size, seed)
+    # What the first draw found of all data, a part of them might not show.
+    kinds = {one.name: one.target.kind for one in rows.labels}
+    output = rows.labels[0].name if len(kinds) == 1 else None
+    drawn = probe.draw_rows(data, model, size, seed, output, kinds)
     rng = np.random.default_rng([seed, 1])
     rest = np.setdiff1d(np.arange(n), drawn.positions)
     passes = math.ceil(wanted / len(rest))
     order = np.concatenate([rng.permutation(rest) for _ in range(passes)])
     weight = rows.sample_weight
     if class_weight is not None:
+        if len(kinds) > 1 or rows.class_ids.ndim > 1:
+            raise ValueError(
+                "Argument `class_weight` needs one class for each sample. Use "
+                "`sample_weight` instead. Received: outputs and labels "
+                f"{kinds}"
+            )
         weight = np.array([class_weight.get(int(c), 1.0) for c in rows.class_ids])
         weight = weight.astype(keras.config.floatx())
     batches = []
     for start in range(0, wanted, batch_size):
         here = order[start : start + batch_size]
-        x = keras.tree.map_structure(lambda a, i=here: a[i], rows.x)
-        batches.append((x, rows.y[here], None if weight is None else weight[here]))
+        batch = (rows.x, rows.y, weight)
+        batches.append(
+            keras.tree.map_structure(
+                lambda a, i=here: None if a is None else a[i], batch
+            )
+        )
     return drawn.sample(), batches
 
 
@@ -623,15 +624,16 @@ def _check_rate(model):
         ) from error
 
 
-def _check_start(row, num_units):
+def _check_start(row, labels):
     if row.info is None:
         raise ValueError(
             "The outputs of the model are not finite before any training. "
             "Check its weights and the inputs."
         )
-    if not math.isnan(row.loss):
+    kinds = [one.target.kind for one in labels]
+    if not math.isnan(row.loss) or "continuous" in kinds:
         return
-    if num_units == 1:
+    if "binary" in kinds:
         raise ValueError(
             "The model's single output has values outside [0, 1], so 0.5 cannot be "
             "the threshold between the classes. If it is a logit, compile with "

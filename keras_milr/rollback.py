@@ -67,8 +67,11 @@ class Rollback:
         if self._best is None:
             return None
         # Statistics of batch normalisation lag behind the weights for some hundred
-        # batches: what inference mode reads is worse than what is trained.
-        if has_statistics(self._model) and loss < 0.9 * output.entropy:
+        # batches: what inference mode reads is worse than what is trained. Where the
+        # loss is no cross-entropy, nothing tells the two apart.
+        comparable = not math.isnan(output.cross_entropy)
+        fine = not comparable or loss < 0.9 * output.entropy
+        if has_statistics(self._model) and fine:
             return None
         return collapse(output, self._best, self._first)
 

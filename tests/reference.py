@@ -221,3 +221,28 @@ def within_ratio(rates, r, max_ratio=30.0):
     )
     rows = zip(rates, r["start_rate"], strict=True)
     return [max(rate, start * highest / max_ratio) for rate, start in rows]
+
+
+def quantile_edges(values, bins):
+    """Edges of bins of equal numbers, half-way to the next lower value that occurs."""
+    ordered, edges = sorted(map(float, values)), set()
+    for i in range(1, bins):
+        edge = ordered[len(ordered) * i // bins]
+        below = [value for value in ordered if value < edge]
+        if below:
+            edges.add((max(below) + edge) / 2)
+    if not edges:
+        first, second = sorted(set(ordered))[:2]
+        edges = {(first + second) / 2}
+    return sorted(edges)
+
+
+def bin_of(value, edges):
+    return sum(value > edge for edge in edges)
+
+
+def number_of_bins(samples):
+    bins = 2
+    while bins < 16 and samples >= 5 * (bins + 1) ** 2:
+        bins += 1
+    return bins

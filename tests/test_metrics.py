@@ -4,6 +4,7 @@ import pytest
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
+from tests import reference
 
 
 def make_model(units=10, loss="sparse_categorical_crossentropy", **arguments):
@@ -179,10 +180,116 @@ def test_scalar_weight():
 
 def test_bad_shapes():
     metric = keras_milr.MutualInformation()
-    with pytest.raises(ValueError, match=r"outputs of shape \(n, units\)"):
+    with pytest.raises(ValueError, match=r"shape \(n, ..., units\)"):
+        metric.update_state([0, 1], 0.5)
+    with pytest.raises(ValueError, match=r"class ids of shape \(n, 3\) or"):
         metric.update_state([0, 1], np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match="labels must be class ids"):
         metric.update_state(np.zeros((2, 5)), np.zeros((2, 3)))
     metric.update_state([0, 1], np.zeros((2, 3)))
     with pytest.raises(ValueError, match="has counted 3 classes so far"):
         metric.update_state([0, 1], np.zeros((2, 4)))
+
+
+def test_soft_labels():
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 4, 300), rng.random((300, 4))
+    soft = 0.6 * np.eye(4)[y] + 0.4 * rng.dirichlet(np.ones(4), 300)
+    metric = keras_milr.MutualInformation()
+    assert float(metric(soft, p)) == pytest.approx(
+        mutual_info_score(y, p.argmax(axis=1)), abs=1e-6
+    )
+
+
+class TestMultiLabel:
+    def labels(self, y):
+        return np.stack([y % 2 == 0, y > 4, y < 0, y == 3], axis=1).astype("float32")
+
+    @pytest.mark.parametrize("logits", [False, True])
+    @pytest.mark.parametrize("eager", [False, True])
+    def test_the_mean_over_labels_that_vary(self, digits, logits, eager):
+        x, y = digits[0][:400], digits[1][:400]
+        labels = self.labels(y)
+        metric = keras_milr.MutualInformation(from_logits=logits, targets="multi_label")
+        model = make_model(4)
+        model.layers[0].activation = keras.activations.get(
+            "linear" if logits else "sigmoid"
+        )
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            keras.losses.BinaryCrossentropy(from_logits=logits),
+            metrics=[metric],
+            run_eagerly=eager,
+            jit_compile=False,
+        )
+        model.fit(x, labels, epochs=2, verbose=0)
+        said = model.predict(x, verbose=0) > (0.0 if logits else 0.5)
+        expected = [mutual_info_score(labels[:, i], said[:, i]) for i in (0, 1, 3)]
+        assert information(model, x, labels) == pytest.approx(
+            np.mean(expected), abs=1e-5
+        )
+
+    def test_as_the_source_of_the_callback(self, digits):
+        x, labels = digits[0], self.labels(digits[1])
+        model = make_model(4)
+        model.layers[0].activation = keras.activations.sigmoid
+        metric = keras_milr.MutualInformation(targets="multi_label")
+        model.compile("adam", "binary_crossentropy", metrics=[metric])
+        callback = keras_milr.MutualInformationLR(lambda r: r.rate)
+        history = model.fit(x, labels, epochs=2, verbose=0, callbacks=[callback])
+        np.testing.assert_allclose(
+            [r["raw"] for r in callback.history],
+            history.history["mutual_information"],
+            atol=1e-5,
+        )
+        entropies = [
+            reference.entropy(np.bincount(labels[:, i] > 0)) for i in (0, 1, 3)
+        ]
+        assert callback.history[-1]["entropy"] == pytest.approx(np.mean(entropies))
+
+    def test_bad_shapes(self):
+        metric = keras_milr.MutualInformation(targets="multi_label")
+        with pytest.raises(ValueError, match="labels of the shape of the outputs"):
+            metric.update_state([0, 1], np.zeros((2, 3)))
+        metric.update_state(np.ones((2, 3)), np.zeros((2, 3)))
+        with pytest.raises(ValueError, match="has counted 3 labels so far"):
+            metric.update_state(np.ones((2, 4)), np.zeros((2, 4)))
+
+
+def test_kinds_that_cannot_stream():
+    with pytest.raises(ValueError, match=r"(?s)'multi_label'.*probe_data=\(x, y\)"):
+        keras_milr.MutualInformation(targets="continuous")
+    with pytest.raises(ValueError, match="must be 'auto' or 'multi_label'"):
+        keras_milr.MutualInformation(targets="soft")
+
+
+@pytest.mark.parametrize("kind", ["ids", "column", "one_hot"])
+@pytest.mark.parametrize("weights", ["none", "samples", "positions"])
+def test_tokens(kind, weights):
+    """The mask of the output, and weights of samples or tokens."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 9, (200, 5))
+    y = rng.integers(0, 3, x.shape)
+    weight = {
+        "none": None,
+        "samples": rng.integers(0, 3, (200, 1)).astype("float32"),
+        "positions": rng.integers(0, 3, x.shape).astype("float32"),
+    }[weights]
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            keras.layers.Embedding(9, 8, mask_zero=True),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    loss = "categorical_crossentropy"
+    loss = loss if kind == "one_hot" else "sparse_" + loss
+    model.compile("sgd", loss, weighted_metrics=[keras_milr.MutualInformation()])
+    labels = {"ids": y, "column": y[..., None], "one_hot": np.eye(3)[y]}[kind]
+    times = (x != 0) * (1 if weight is None else weight.reshape(200, -1))
+    repeated = np.repeat(np.arange(1000), times.astype(int).ravel())
+    said = model.predict(x, verbose=0).argmax(axis=-1).ravel()
+    found = information(model, x, labels, sample_weight=weight, batch_size=70)
+    assert found == pytest.approx(
+        mutual_info_score(y.ravel()[repeated], said[repeated]), abs=1e-5
+    )

@@ -128,13 +128,30 @@ class TestSample:
         np.testing.assert_array_equal(rows.class_ids, y[rows.positions])
         assert rows.batch_sizes == [100] * 17 + [97]
 
-    def test_memory_stays_bounded(self):
+    @pytest.mark.parametrize("loss", ["mse", "binary_crossentropy"])
+    @pytest.mark.parametrize("batch", [7, 1797])
+    def test_batching_does_not_matter_without_classes(self, digits, loss, batch):
+        x = digits[0]
+        labels = x[:, 20:21] + x[:, 30:31] if loss == "mse" else x[:, 20:24] > 0.5
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
+        if loss != "mse":
+            model.add(keras.layers.Dense(4, activation="sigmoid"))
+        model.compile("sgd", loss)
+        expected = probe.draw_sample((x, labels), model, 60)
+        assert len(expected.class_ids) == 60
+        dataset = tf.data.Dataset.from_tensor_slices((x, labels)).batch(batch)
+        sample = probe.draw_sample(dataset, model, 60)
+        np.testing.assert_array_equal(sample.x, expected.x)
+        np.testing.assert_array_equal(sample.class_ids, expected.class_ids)
+
+    @pytest.mark.parametrize("classes", [3, 20_000])
+    def test_memory_stays_bounded(self, classes):
         longest = 0
 
         def batches():
             rng = np.random.default_rng(0)
             for _ in range(200):
-                yield np.zeros((100, 1)), rng.integers(0, 3, 100)
+                yield np.zeros((100, 1)), rng.integers(0, classes, 100)
 
         class Watched(probe._Pool):
             def add(self, *args):
@@ -144,7 +161,7 @@ class TestSample:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(probe, "_Pool", Watched)
-            sample = draw(batches(), 50, features=1, classes=3)
+            sample = draw(batches(), 50, features=1, classes=classes)
         assert len(sample.class_ids) == 50
         assert longest <= 4 * 50 + 16 * 3 + 100
 
@@ -335,11 +352,10 @@ class TestProbe:
 
     def test_outputs_that_cannot_be_measured(self):
         inputs = keras.Input((64,))
-        two = keras.Model(inputs, [keras.layers.Dense(2)(inputs)] * 2)
-        image = keras.Model(inputs, keras.layers.Reshape((8, 8))(inputs))
-        for model in (two, image):
-            with pytest.raises(ValueError, match=r"one output of shape \(n, units\)"):
-                probe.num_output_units(model, np.zeros((1, 64), "float32"))
+        total = keras.layers.Lambda(lambda x: keras.ops.sum(x))(inputs)
+        model = keras.Model(inputs, total)
+        with pytest.raises(ValueError, match=r"outputs have shape \(n, ..., units\)"):
+            probe.draw_sample((np.zeros((4, 64)), np.arange(4) % 2), model)
 
 
 def make_cnn(**compile_arguments):
@@ -561,4 +577,6 @@ class TestLayers:
 def test_logits_are_read_off_the_loss(loss, expected):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     model.compile("sgd", loss)
-    assert probe.output_readout(model).from_logits is expected
+    sample = probe.draw_sample((np.zeros((6, 4)), np.arange(6) % 3), model)
+    readout = probe.output_readout(sample.labels[0].target)
+    assert readout.from_logits is expected

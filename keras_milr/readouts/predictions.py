@@ -84,8 +84,16 @@ class Predictions:
 
     def init(self, num_classes: int) -> dict:
         """The state before the first batch, for labels of `num_classes` classes."""
-        return {
-            "counts": np.zeros((num_classes + 1, num_classes), "float32"),
+        if num_classes <= targets.MANY:
+            counts = {"counts": np.zeros((num_classes + 1, num_classes), "float32")}
+        else:
+            # A table would take gigabytes, and no sample is large enough to fill it.
+            counts = {
+                "labels": np.zeros(num_classes, "float32"),
+                "correct": np.zeros((), "float32"),
+                "none": np.zeros((), "float32"),
+            }
+        return counts | {
             # −log p(label): its sum for each class, and the sum of its squares.
             "surprise": np.zeros(num_classes, "float32"),
             "surprise_squared": np.zeros((), "float32"),
@@ -128,10 +136,7 @@ class Predictions:
         surprise = ops.where(finite, -log_p, -math.log(keras.config.epsilon()))
         improper = ops.where(finite & ~proper, sample_weight, 0.0)
         classes = targets.num_classes(outputs.shape[-1])
-        sums = {
-            "counts": prediction_counts(
-                outputs, class_ids, sample_weight, self.from_logits
-            ),
+        sums = self._counts(state, outputs, class_ids, sample_weight) | {
             "surprise": ops.segment_sum(
                 sample_weight * surprise, class_ids, num_segments=classes
             ),
@@ -149,29 +154,34 @@ class Predictions:
             "highest": ops.maximum(state["highest"], high),
         }
 
-    def finish(self, state: dict) -> Information:
-        """The information in the batches that `state` has seen."""
-        state = {
-            name: keras.ops.convert_to_numpy(value).astype("float64")
-            for name, value in state.items()
-        }
-        counts = state["counts"]
-        total = counts.sum()
-        bound = bound_stderr = cross_entropy = variation = float("nan")
+    def finish(self, state: dict, scale: float = 1.0, shares=None) -> Information:
+        """The information in the batches that `state` has seen.
+
+        Args:
+            state: What the last `update` returned.
+            scale: What weights are multiplied with, so that they add up to the number
+                of samples that are independent. Defaults to `1`.
+            shares: Shares of the classes, for H(Y), where these samples are too few to
+                tell. Defaults to `None`: as in the samples.
+        """
+        state = scaled(state, scale)
+        labels = tally(state)[0]
+        if shares is None:
+            shares = labels / max(labels.sum(), 1e-30)
+        prior = -np.log(np.where(labels > 0, shares, 1.0))
+        bound, bound_stderr, cross_entropy = h_minus_ce(
+            labels,
+            prior,
+            *(state[name] for name in ("surprise", "surprise_squared", "improper")),
+        )
+        variation = float("nan")
         if np.all(state["lowest"] <= state["highest"]):
             variation = float(np.max(state["highest"] - state["lowest"]))
-        if total > 0 and state["improper"] == 0:
-            # H(Y) − CE is the mean over samples of log p(label | x) − log p(label).
-            labels = counts.sum(axis=0)
-            prior = -np.log(np.where(labels > 0, labels, total) / total)
-            cross_entropy = float(state["surprise"].sum() / total)
-            bound = prior @ labels / total - cross_entropy
-            square = prior**2 @ labels - 2 * prior @ state["surprise"]
-            square = (square + state["surprise_squared"]) / total
-            bound_stderr = np.sqrt(max(square - bound**2, 0.0) / total)
-        return from_counts(counts, bound, bound_stderr)._replace(
-            cross_entropy=cross_entropy, variation=variation
-        )
+        if "counts" in state:
+            info = from_counts(state["counts"], bound, bound_stderr)
+        else:
+            info = _without_table(*tally(state), prior, bound, bound_stderr)
+        return info._replace(cross_entropy=cross_entropy, variation=variation)
 
     def measure(self, outputs, class_ids, num_classes: int) -> Information:
         """Reads all samples at once: `init`, one `update`, `finish`.
@@ -202,6 +212,23 @@ class Predictions:
                 f"Received: {len(outputs)} and {len(ids)}"
             )
         return self.finish(self.update(self.init(num_classes), outputs, ids))
+
+    def _counts(self, state, outputs, class_ids, sample_weight):
+        if "counts" in state:
+            counts = prediction_counts(
+                outputs, class_ids, sample_weight, self.from_logits
+            )
+            return {"counts": counts}
+        ops = keras.ops
+        classes = targets.num_classes(outputs.shape[-1])
+        predicted = predicted_class(outputs, self.from_logits)
+        correct = ops.where(predicted == class_ids, sample_weight, 0.0)
+        none = ops.where(predicted == classes, sample_weight, 0.0)
+        return {
+            "labels": ops.segment_sum(sample_weight, class_ids, num_segments=classes),
+            "correct": ops.sum(correct),
+            "none": ops.sum(none),
+        }
 
     def _log_probability(self, outputs, class_ids):
         """log p(label), and whether the row is a probability distribution."""
@@ -262,23 +289,43 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
         bound_stderr=float(bound_stderr),
     )
     # By the classes in the labels, which stay the same in every reading; by those
-    # predicted, the estimator would change in the middle of a training.
-    if labels.sum() >= 5 * np.count_nonzero(labels) ** 2:
+    # predicted, the estimator would change in the middle of a training. Sums of
+    # weights are rounded.
+    if labels.sum() * (1 + 1e-6) >= 5 * np.count_nonzero(labels) ** 2:
         return result
-    if not np.isnan(bound):
+    return _by_bound(result, labels, np.trace(counts), counts[-1].sum())
+
+
+def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Information:
+    """The same for so many classes that there is no table."""
+    nan, entropy = float("nan"), float(prior @ labels / max(labels.sum(), 1e-30))
+    result = Information(
+        value=nan,
+        raw=nan,
+        entropy=entropy,
+        null=nan,
+        stderr=nan,
+        bound=float(np.clip(bound, 0.0, entropy)),
+        bound_stderr=float(bound_stderr),
+    )
+    return _by_bound(result, labels, correct, none)
+
+
+def _by_bound(result, labels, correct, none) -> Information:
+    if not np.isnan(result.bound):
         return result._replace(
             value=result.bound, stderr=result.bound_stderr, estimator="bound"
         )
-    value, stderr = _fano(counts, entropy)
+    value, stderr = _fano(labels, correct, none, result.entropy)
     return result._replace(value=value, stderr=stderr, estimator="fano")
 
 
-def _fano(counts, entropy):
+def _fano(labels, correct, none, entropy):
     """Fano's lower bound on the information, and its standard error (delta method)."""
-    classes, samples = counts.shape[1], max(counts.sum(), 1.0)
+    classes, samples = len(labels), max(labels.sum(), 1.0)
     # Without a prediction nothing is known: up to log K is missing in such rows.
-    none = counts[-1].sum() / samples
-    error = 1.0 - np.trace(counts) / max(counts[:-1].sum(), 1.0)
+    error = np.clip(1.0 - correct / max(labels.sum() - none, 1.0), 0.0, 1.0)
+    none = none / samples
     binary = float(information.entropy(np.array([error, 1.0 - error])))
     missing = binary + error * np.log(classes - 1)
     value = entropy - none * np.log(classes) - (1.0 - none) * missing
@@ -286,3 +333,46 @@ def _fano(counts, entropy):
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
     stderr = abs(slope) * np.sqrt(inner * (1.0 - inner) / samples)
     return float(np.clip(value, 0.0, entropy)), float(stderr)
+
+
+def h_minus_ce(labels, prior, surprise, surprise_squared, improper):
+    """H(Y) − CE, its standard error, and CE; NaN where outputs are improper.
+
+    Args:
+        labels: Weights of the labels of each class.
+        prior: −log of the share of each class, 0 for one without labels.
+        surprise: Sums of −log p(label) for each class.
+        surprise_squared: Sum of its squares.
+        improper: Weight of the rows whose finite outputs are no probabilities.
+    """
+    total = labels.sum()
+    if total <= 0 or improper > 0:
+        return (float("nan"),) * 3
+    # H(Y) − CE is the mean over samples of log p(label | x) − log p(label).
+    cross_entropy = float(surprise.sum() / total)
+    bound = prior @ labels / total - cross_entropy
+    square = prior**2 @ labels - 2 * prior @ surprise
+    square = (square + surprise_squared) / total
+    return bound, np.sqrt(max(square - bound**2, 0.0) / total), cross_entropy
+
+
+def scaled(state: dict, scale: float = 1.0) -> dict:
+    """A state as float64 NumPy, as if all weights had been multiplied by `scale`."""
+    extremes = ("lowest", "highest")
+    return {
+        name: keras.ops.convert_to_numpy(value).astype("float64")
+        * (1.0 if name in extremes else scale)
+        for name, value in state.items()
+    }
+
+
+def tally(state: dict):
+    """Weights of the labels of each class, of correct rows, of rows not predicted."""
+    if "counts" not in state:
+        return state["labels"], state["correct"], state["none"]
+    counts = state["counts"]
+    return (
+        counts.sum(axis=-2),
+        np.trace(counts, axis1=-2, axis2=-1),
+        counts[..., -1, :].sum(-1),
+    )

@@ -26,7 +26,8 @@ class Information(NamedTuple):
         variation: Largest difference between samples in any output, of logits in their
             probabilities; at 0 the outputs do not depend on the input. NaN where it was
             not measured.
-        estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`.
+        estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`; of a mean of
+            different ones `"mixed"`.
     """
 
     value: float
@@ -56,3 +57,26 @@ class Information(NamedTuple):
         by_bound = (self.bound > self.value) | (self.estimator == "bound")
         # [()]: a number where there is no axis.
         return np.where(by_bound, 0.15 * self.bound_stderr, 0.5 * self.stderr)[()]
+
+
+def mean(infos, shares=None) -> Information:
+    """The mean of several readings, number by number.
+
+    Its standard errors are means too: readings of the same samples may err together.
+
+    Args:
+        infos: List of `Information`.
+        shares: Their weights in the mean, not all 0. Defaults to equal ones.
+    """
+    if shares is not None:
+        counted = [pair for pair in zip(infos, shares, strict=True) if pair[1] > 0]
+        infos, shares = zip(*counted, strict=True)  # 0 × NaN is no 0.
+    if len(infos) == 1:
+        return infos[0]
+    numbers = Information._fields[:-1]
+    table = np.array([[getattr(info, name) for name in numbers] for info in infos])
+    estimators = {info.estimator for info in infos}
+    return Information(
+        *map(float, np.average(table, axis=0, weights=shares)),
+        estimator=estimators.pop() if len(estimators) == 1 else "mixed",
+    )

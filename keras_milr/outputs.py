@@ -1,0 +1,161 @@
+"""The outputs of a model: which are read, with which labels, and by which losses."""
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_milr import _keras, targets
+
+
+class Output(NamedTuple):
+    """An output of a model.
+
+    Attributes:
+        name: As in the model's losses and labels.
+        index: Its place among all outputs of the model, flattened.
+        loss: Its loss, as `compile` was given it, or None.
+        weight: Its loss weight.
+        values: What the model puts out for one sample, or one batch of a fixed size.
+    """
+
+    name: str
+    index: int
+    loss: Any
+    weight: float
+    values: np.ndarray
+
+
+def outputs_of(model, x) -> list[Output]:
+    """All outputs of a model for inputs like `x`.
+
+    Runs the model on one row, without a trace in its state; a model without weights
+    yet (a subclassed one) is built by it.
+
+    Args:
+        model: A `keras.Model`.
+        x: Array, or structure of arrays, with the batch first.
+
+    Raises:
+        ValueError: for outputs that are no arrays of numbers for each sample, and for
+            losses that do not fit them.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    if isinstance(x, (list, tuple)) and len(inputs) == 1 < len(x):
+        raise ValueError(
+            "Argument `probe_data` must hold arrays, (x, y) or (x, y, sample_weight), "
+            f"or be an iterable of such batches, but no list. Received: {len(x)} "
+            f"inputs for model {model.name!r}, which has one"
+        )
+    first = np.zeros(fixed_batch_size(model) or 1, "int64")
+    row = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
+    with keras.StatelessScope():
+        structure = model(row, training=False)
+    flat = keras.tree.flatten(structure)
+    shapes = [tuple(t.shape) for t in flat]
+    if not all(shape[:1] == first.shape for shape in shapes):
+        raise ValueError(
+            "Measuring mutual information needs a model whose outputs have shape "
+            f"(n, ..., units). Received: model {model.name!r} with output shape(s) "
+            f"{shapes}"
+        )
+    names = _names(model, structure, len(flat))
+    loss = getattr(model, "loss", None)
+    weights = _keras.loss_weights(model)
+    several = isinstance(loss, (list, tuple, dict))
+    if len(flat) == 1 and isinstance(loss, (list, tuple)) and len(loss) > 1:
+        losses = [tuple(loss)]  # Several losses of one output: none that is known.
+    else:
+        losses = by_output(loss, names, "loss") if several else [loss] * len(flat)
+    listed = isinstance(weights, (list, tuple, dict))
+    weights = by_output(weights, names, "loss_weights") if listed else [weights]
+    weights = [1.0 if weight is None else float(weight) for weight in weights]
+    weights *= len(flat) if len(weights) == 1 else 1
+    values = [keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in flat]
+    places = range(len(flat))
+    rows = zip(names, places, losses, weights, values, strict=True)
+    return [Output(*row) for row in rows]
+
+
+def fixed_batch_size(model) -> int | None:
+    """The batch size that the model's inputs prescribe, if any."""
+    shapes = [tuple(t.shape) for t in keras.tree.flatten(getattr(model, "inputs", []))]
+    fixed = {shape[0] for shape in shapes if shape and shape[0] is not None}
+    return fixed.pop() if fixed else None
+
+
+def signature(outputs) -> list:
+    """What the reading of a model's outputs depends on, to see whether it changed."""
+    return [
+        (o.name, o.values.shape, targets.loss_family(o.loss), o.weight) for o in outputs
+    ]
+
+
+def by_output(value, names, what: str) -> list:
+    """The entries of a list or dict for the outputs of these names, None for missing.
+
+    Raises:
+        ValueError: for names or a number of entries that do not fit.
+    """
+    if isinstance(value, dict):
+        unknown = set(value) - set(names)
+        if not unknown:
+            return [value.get(name) for name in names]
+        if len(names) == len(value) == 1:  # A model may not know a name for it.
+            return list(value.values())
+    elif isinstance(value, (list, tuple)):
+        if len(value) == len(names):
+            return list(value)
+    else:
+        if len(names) == 1:
+            return [value]
+    received = list(value) if isinstance(value, dict) else type(value).__name__
+    if isinstance(value, (list, tuple)):
+        received += f" of {len(value)}"
+    raise ValueError(
+        f"The {what} must have an entry for each output of the model: {list(names)}. "
+        f"Received: {received}"
+    )
+
+
+def labels_of(y, outputs, what: str = "labels in `probe_data`") -> list:
+    """The entry of each output in labels, or weights, as `fit` takes them."""
+    names = [output.name for output in outputs]
+    trained = [output for output in outputs if output.loss is not None]
+    if isinstance(y, (list, tuple)) and len(y) == len(trained) < len(outputs):
+        y = {output.name: one for output, one in zip(trained, y, strict=True)}
+    return by_output(y, names, what)
+
+
+def chosen(outputs, name: str | None) -> list[Output]:
+    """The outputs to read: one by name, or all that have a loss.
+
+    Raises:
+        ValueError: for an unknown name, and for loss weights that are all 0.
+    """
+    if name is not None:
+        found = [output for output in outputs if output.name == name]
+        if not found:
+            raise ValueError(
+                "Argument `output` must be the name of an output of the model: "
+                f"{[output.name for output in outputs]}. Received: output={name!r}"
+            )
+        return [found[0]._replace(weight=1.0)]
+    if len(outputs) == 1:
+        return [outputs[0]._replace(weight=1.0)]
+    trained = [output for output in outputs if output.loss is not None] or outputs
+    if sum(output.weight for output in trained) <= 0:
+        raise ValueError(
+            "The loss weights of the model's outputs must not all be 0. Pass `output` "
+            f"to read one. Received: {[(o.name, o.weight) for o in trained]}"
+        )
+    return trained
+
+
+def _names(model, structure, count):
+    if isinstance(structure, dict) and len(structure) == count:
+        return sorted(structure)  # As `keras.tree` flattens it.
+    names = getattr(model, "output_names", None)
+    if names and len(names) == count:
+        return list(names)
+    return [f"output_{i}" for i in range(count)] if count > 1 else ["output"]
