@@ -23,6 +23,7 @@ from keras_milr.untouched import (
 STEPS = 30  # of a candidate, at most, where the number is not given
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
+_NEGLIGIBLE = 0.01  # share of H(Y)
 _COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
 
@@ -108,8 +109,8 @@ def lr_range_test(
     lower rate or at the start, and a loss that a constant predictor has too.
 
     `best_lr` is half a decade below the rate with the most information. What is fastest
-    for a few steps is often too fast for a whole training: in
-    `benchmarks/range_test.py` it lost up to 45 points of accuracy with SGD.
+    for a few steps is often too fast for a whole training. Where a few steps move the
+    information at no rate, it is the lowest that fits the shares of the classes.
 
     All trainings together take no more steps than one epoch, unless `steps` or
     `max_steps` ask for more. Each is also read once, which is a prediction of at most
@@ -380,27 +381,37 @@ def _moved(trial):
     return [
         row
         for row in _trained(trial.rows)
-        if row.info.accessible > known + max(2 * row.info.noise, 0.01 * entropy)
+        if row.info.accessible > known + max(2 * row.info.noise, _NEGLIGIBLE * entropy)
     ]
 
 
 def _best(trial):
     """The row with the most information.
 
-    Of rows that have as much but for a tenth of what was gained, or where nothing moved
-    the information at all, the one with the lowest loss, which is less coarse.
+    Of rows that have as much but for a tenth of what was gained, the one with the
+    lowest loss, which is less coarse. Where nothing moved the information at all, the
+    steps have learned how frequent the classes are, if anything; that says which rates
+    are too low, and of the others it prefers the highest, whatever they do later. So
+    the lowest rate of about the lowest loss.
     """
-    moved = _moved(trial)
-    if moved:
-        most = max(row.info.accessible for row in moved)
+    rows = _moved(trial)
+    if rows:
+        most = max(row.info.accessible for row in rows)
         least = most - 0.1 * (most - trial.start.info.accessible)
-        rows = [row for row in moved if row.info.accessible >= least]
-    else:
-        rows = _trained(trial.rows)
-    known = [row for row in rows if not math.isnan(row.loss)]
-    if not known:
-        return max(rows, key=lambda row: row.info.accessible, default=None)
-    return min(known, key=lambda row: row.loss)
+        rows = [row for row in rows if row.info.accessible >= least]
+        return min(rows, key=_loss_or_information)
+    rows = _trained(trial.rows)
+    losses = [row.loss for row in rows if not math.isnan(row.loss)]
+    if losses:
+        enough = min(losses) + _NEGLIGIBLE * trial.start.info.entropy
+        return next(row for row in rows if row.loss <= enough)
+    return min(rows, key=_loss_or_information, default=None)
+
+
+def _loss_or_information(row):
+    """The lower the better; rows without a loss come last, by their information."""
+    known = not math.isnan(row.loss)
+    return (0, row.loss) if known else (1, -row.info.accessible)
 
 
 def _margin(steps):
@@ -408,7 +419,6 @@ def _margin(steps):
 
     What is fastest for a few steps is too fast for many: momentum has not built up yet,
     and too high a rate shows late. Half a decade at 30 steps, more with fewer.
-    Measured by `benchmarks/range_test.py`.
     """
     return _HALF_DECADE * max(1.0, STEPS / steps) ** 0.25
 
@@ -426,7 +436,7 @@ def _result(trial):
     if not moved:
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
-            "beyond the noise. The one with the lowest loss counts as best; pass more "
+            "beyond the noise. The lowest of about the lowest loss counts as best; pass more "
             f"`steps` to find out. Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )
