@@ -176,6 +176,19 @@ def standard_error(counts: Array) -> Array:
     square root of their number. It is the error of one reading: two readings of
     the same samples differ by less than their errors suggest.
 
+    Of samples drawn independently, the Miller–Madow estimate ± 1.96 errors holds the
+    truth 92–98 % of times where five are expected in each cell that can have any, and
+    the information is above twice its null level. Elsewhere, by
+    `tests/test_statistics.py`:
+
+    - With rarer cells, as late in a training, the error is up to a third too small and
+      the estimate too high: with 10 classes, 2,048 samples and 1 % of errors
+      everywhere, .012 nats, and 73 % hold the truth; with 20 classes, 2,000 samples
+      and 5 %, .056 nats and 32 %.
+    - Where there is next to no information the error is too large.
+    - It is too large too where the labels have fixed shares that are not even, as in a
+      stratified sample.
+
     Args:
         counts: Counts `>= 0`, shape `(..., R, S)`.
 

@@ -65,6 +65,10 @@ class Predictions:
     H(Y) − h(e) − e log(K − 1) from the error rate e. `Information.estimator` says
     which.
 
+    H(Y) is that of the sample. Where its labels are drawn at random it is about
+    (K − 1) / 2n below that of the population, and so are both bounds, which matters
+    with hundreds of classes; a stratified sample, such as the probe, has its shares.
+
     Example:
 
     ```python
@@ -284,5 +288,12 @@ def _fano(counts, entropy):
     value = entropy - none * np.log(classes) - (1.0 - none) * missing
     inner = np.clip(error, 1.0 / samples, 1.0 - 1.0 / samples)
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
-    stderr = abs(slope) * np.sqrt(inner * (1.0 - inner) / samples)
+    # H(Y) varies with the sample too, and with its errors where they are in some
+    # classes more than in others.
+    labels = counts.sum(axis=0) / samples
+    surprise = -np.log(np.where(labels > 0, labels, 1.0))
+    wrong = (counts[:-1].sum(axis=0) - np.diagonal(counts)) / samples
+    variance = slope**2 * inner * (1.0 - inner) + labels @ (surprise - entropy) ** 2
+    variance -= 2.0 * slope * (wrong @ (surprise - entropy))
+    stderr = np.sqrt(max(variance, 0.0) / samples)
     return float(np.clip(value, 0.0, entropy)), float(stderr)

@@ -205,6 +205,20 @@ class TestManyClasses:
         slope = np.log((1 - error) * (classes - 1) / error)
         assert info.stderr == pytest.approx(slope * np.sqrt(error * (1 - error) / n))
 
+    def test_error_of_fano_with_uneven_classes(self):
+        """The delta method by hand: sample by sample, of H(Y) and of the error rate."""
+        rng = np.random.default_rng(0)
+        labels = np.minimum(rng.geometric(0.1, 3000) - 1, 39)
+        wrong = (labels + rng.integers(1, 40, 3000)) % 40
+        predicted = np.where(rng.random(3000) < 0.02 * (labels + 1), wrong, labels)
+        info = readouts.Predictions().measure(np.eye(40)[predicted] - 1.0, labels, 40)
+        assert info.estimator == "fano"
+        error = np.mean(predicted != labels)
+        slope = np.log((1 - error) * 39 / error)
+        each = -np.log((np.bincount(labels) / 3000)[labels])
+        each = each - slope * (predicted != labels)
+        assert info.stderr == pytest.approx(np.std(each) / np.sqrt(3000), rel=1e-6)
+
 
 def test_serialises():
     readout = readouts.Predictions(from_logits=True)
