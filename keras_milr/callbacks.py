@@ -8,7 +8,12 @@ import numpy as np
 from absl import logging
 
 from keras_milr import policies, probe, rates, readouts
-from keras_milr._arguments import check_bool, check_integer, check_number
+from keras_milr._arguments import (
+    LARGEST_SEED,
+    check_bool,
+    check_integer,
+    check_number,
+)
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
 from keras_milr.range_test import lr_range_test
@@ -162,7 +167,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     ):
         super().__init__()
         check_integer("probe_size", probe_size, at_least=2)
-        check_integer("seed", seed, at_least=0)
+        check_integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
         check_bool("rollback", rollback)
         per_epoch = isinstance(update_freq, str) and update_freq == "epoch"
         if not per_epoch:

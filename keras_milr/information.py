@@ -49,6 +49,12 @@ def contingency(
     if any(_in_trace(v) for v in (a, b, sample_weight)):
         return _contingency_in_trace(a, b, num_a, num_b, sample_weight)
     a, b = _ids(a, num_a, "a"), _ids(b, num_b, "b")
+    num_a, num_b = int(num_a), int(num_b)  # Unsigned ones of NumPy make floats.
+    if num_a * num_b > np.iinfo("int32").max:
+        raise ValueError(
+            "Arguments `num_a` and `num_b` must make fewer than 2^31 cells. "
+            f"Received: num_a={num_a}, num_b={num_b}"
+        )
     if a.shape != b.shape:
         raise ValueError(
             "Arguments `a` and `b` must have the same length. "
@@ -248,7 +254,7 @@ def _occupied(xp, counts):
 
 def _prepare(counts, rank, correction):
     """The namespace to compute in, the counts in it, and whether they are valid."""
-    if correction not in _CORRECTIONS:
+    if not isinstance(correction, str | None) or correction not in _CORRECTIONS:
         raise ValueError(
             f"Argument `correction` must be one of {_CORRECTIONS}. "
             f"Received: correction={correction!r}"
@@ -286,12 +292,19 @@ def _in_trace(x):
     return keras.ops.is_tensor(x) and is_symbolic(x)
 
 
-def _to_numpy(x):
-    return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) else np.asarray(x)
+def _to_numpy(x, name):
+    if keras.ops.is_tensor(x):
+        return keras.ops.convert_to_numpy(x)
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # A ragged list.
+        raise ValueError(
+            f"Argument `{name}` must be an array. Received: {name}={x!r}"
+        ) from error
 
 
 def _nonnegative(x, name):
-    x = _to_numpy(x)
+    x = _to_numpy(x, name)
     if x.dtype.kind not in "biuf":
         raise ValueError(
             f"Argument `{name}` must hold real numbers. Received: dtype={x.dtype}"
@@ -308,9 +321,9 @@ def _nonnegative(x, name):
 
 def _ids(x, num, name):
     check_integer(f"num_{name}", num, at_least=1)
-    x = _to_numpy(x)
+    x = _to_numpy(x, name)
     if x.size == 0:
-        x = x.astype("int64")
+        x = np.zeros(x.shape, "int64")
     if x.ndim != 1 or x.dtype.kind not in "biu":
         raise ValueError(
             f"Argument `{name}` must be a vector of integer ids. "

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, information, readouts, targets
-from keras_milr._arguments import check_bool
+from keras_milr._arguments import as_array, check_bool, naming
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -52,7 +52,18 @@ class MutualInformation(keras.metrics.Metric):
     _direction = "up"  # Read by EarlyStopping, ModelCheckpoint, ReduceLROnPlateau.
 
     def __init__(self, name="mutual_information", dtype=None, from_logits=False):
-        super().__init__(name=name, dtype=dtype)
+        if not isinstance(name, str | None):
+            raise TypeError(
+                "Argument `name` must be a string. "
+                f"Received: name={name!r} of type {type(name).__name__}"
+            )
+        try:
+            super().__init__(name=name, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "Argument `dtype` must be a data type of floats, or a policy. "
+                f"Received: dtype={dtype!r}: {error}"
+            ) from error
         check_bool("from_logits", from_logits)
         self.from_logits = from_logits
         self.counts = None
@@ -70,12 +81,12 @@ class MutualInformation(keras.metrics.Metric):
             ValueError: for shapes that do not fit.
         """
         ops = keras.ops
-        y_pred = ops.convert_to_tensor(y_pred)
+        y_pred = ops.convert_to_tensor(as_array("y_pred", y_pred))
         if len(y_pred.shape) == 1:
             y_pred = ops.expand_dims(y_pred, -1)
-        if len(y_pred.shape) != 2 or y_pred.shape[-1] is None:
+        if len(y_pred.shape) != 2 or not y_pred.shape[-1]:
             raise ValueError(
-                "MutualInformation expects outputs of shape (n, units). "
+                "Argument `y_pred` must be outputs of shape (n, units). "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
         units = y_pred.shape[-1]
@@ -92,11 +103,16 @@ class MutualInformation(keras.metrics.Metric):
                 f"MutualInformation has counted {self.counts.shape[1]} classes so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        ids = targets.class_ids(y_true, units)
+        with naming("y_true"):
+            ids = targets.class_ids(as_array("y_true", y_true), units)
+        _check_length("y_true", ids.shape[0], y_pred)
         weight = ops.cast((ids >= 0) & (ids < classes), "float32")
         if sample_weight is not None:
-            sample_weight = ops.cast(sample_weight, "float32")
-            weight = weight * ops.reshape(sample_weight, (-1,))
+            sample_weight = as_array("sample_weight", sample_weight)
+            sample_weight = ops.reshape(ops.cast(sample_weight, "float32"), (-1,))
+            if sample_weight.shape[0] != 1:
+                _check_length("sample_weight", sample_weight.shape[0], y_pred)
+            weight = weight * sample_weight
         self.counts.assign_add(
             ops.cast(
                 readouts.prediction_counts(
@@ -120,6 +136,14 @@ class MutualInformation(keras.metrics.Metric):
 
     def get_config(self):
         return {**super().get_config(), "from_logits": self.from_logits}
+
+
+def _check_length(name, length, y_pred):
+    if length is not None and y_pred.shape[0] not in (None, length):
+        raise ValueError(
+            f"Arguments `{name}` and `y_pred` must have the same length. "
+            f"Received: {length} and {y_pred.shape[0]}"
+        )
 
 
 class MetricTable:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_milr import backend, layers, targets
+from keras_milr._arguments import naming
 from keras_milr.readouts import Information, Predictions
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
@@ -92,14 +93,15 @@ def draw_rows(data, model, size: int, seed: int) -> Rows:
     rng = np.random.default_rng(seed)
     pool, batch_sizes = None, []
     for x, y, sample_weight in batches(data):
-        n = _check_lengths(x, y, sample_weight)
+        n = check_lengths(x, y, sample_weight)
         if n == 0:
             continue
         if pool is None:
             num_units = num_output_units(model, x)
             classes = targets.num_classes(num_units)
             pool = _Pool(classes)
-        ids = targets.checked_class_ids(y, num_units)
+        with naming("probe_data"):
+            ids = targets.checked_class_ids(y, num_units)
         _check_finite(x)
         rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
         batch_sizes.append(n)
@@ -262,7 +264,8 @@ def _array(x):
     return x.astype(keras.config.floatx(), copy=False) if x.dtype.kind == "f" else x
 
 
-def _check_lengths(x, y, sample_weight):
+def check_lengths(x, y, sample_weight) -> int:
+    """Number of samples in a batch; ValueError for lengths that differ."""
     shapes = [np.shape(a) for a in (*keras.tree.flatten(x), y)]
     if sample_weight is not None:
         shapes.append(sample_weight.shape)

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from keras_milr import backend, probe, rates
-from keras_milr._arguments import check_integer, check_number
+from keras_milr._arguments import LARGEST_SEED, check_integer, check_number
 from keras_milr.plotting import plot_range
 from keras_milr.readouts import Information
 from keras_milr.untouched import (
@@ -20,6 +20,7 @@ from keras_milr.untouched import (
 )
 
 STEPS = 30  # of a candidate, at most, where the number is not given
+_MOST_STEPS = 1_000_000  # of a candidate, where it is
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
 _COUNT = 7  # candidates of the search: the decades, and one on each side of the best
@@ -182,18 +183,20 @@ def lr_range_test(
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first_x, first_y, _ = next(probe.batches(data), (None, (), None))
-        if len(first_y) > 0:
+            first = next(probe.batches(data), None)
+        length = 0 if first is None else probe.check_lengths(*first)
+        if length > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
-            probe.num_output_units(model, first_x)
-        batch_size = batch_size or (32 if y is not None else len(first_y))
+            probe.num_output_units(model, first[0])
+        batch_size = batch_size or (32 if y is not None else length)
     with own_random_state(seed) as reseed:
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
             rows = probe.draw_rows(data, model, most, seed)
         epoch = len(rows.batch_sizes)
         if y is not None:
+            batch_size = min(batch_size, rows.batch_sizes[0])  # As in `fit`.
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
         count = _COUNT if candidates is None else len(candidates)
         if steps is None:
@@ -500,9 +503,10 @@ def _check_arguments(
         ("max_steps", max_steps),
     ):
         if value is not None:
-            check_integer(name, value, at_least=1)
+            most = _MOST_STEPS if name == "steps" else None
+            check_integer(name, value, at_least=1, at_most=most)
     check_integer("probe_size", probe_size, at_least=2)
-    check_integer("seed", seed, at_least=0)
+    check_integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
     if not isinstance(verbose, (int, np.integer)):
         raise TypeError(
             "Argument `verbose` must be 0 or 1. "

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 
 from keras_milr import information, targets
-from keras_milr._arguments import check_bool
+from keras_milr._arguments import as_array, check_bool, check_integer, naming
 from keras_milr.readouts.result import Information
+
+_MOST_SURPRISE = 1e15  # nats
 
 
 def predicted_class(outputs, from_logits: bool = False):
@@ -129,7 +131,9 @@ class Predictions:
         finite = ops.all(ops.isfinite(outputs), axis=-1)
         log_p, proper = self._log_probability(outputs, class_ids)
         # A row that is not finite says nothing, at the price of the worst guess.
-        surprise = ops.where(finite, -log_p, -math.log(keras.config.epsilon()))
+        # Logits have no limit, and the square of a float32 has one.
+        surprise = ops.minimum(-log_p, _MOST_SURPRISE)
+        surprise = ops.where(finite, surprise, -math.log(keras.config.epsilon()))
         improper = ops.where(finite & ~proper, sample_weight, 0.0)
         classes = targets.num_classes(outputs.shape[-1])
         sums = {
@@ -191,15 +195,17 @@ class Predictions:
         Raises:
             ValueError: for shapes that do not fit and ids out of range.
         """
-        outputs = keras.ops.convert_to_tensor(outputs)
+        check_integer("num_classes", num_classes, at_least=2)
+        outputs = keras.ops.convert_to_tensor(as_array("outputs", outputs))
         units = outputs.shape[-1] if len(outputs.shape) == 2 else None
-        if units is None or targets.num_classes(units) != num_classes:
+        if not units or targets.num_classes(units) != num_classes:
             raise ValueError(
                 f"Argument `outputs` must have shape (n, {num_classes}), or (n, 1) for "
                 f"two classes. Received: outputs.shape={tuple(outputs.shape)}, "
                 f"num_classes={num_classes}"
             )
-        ids = targets.checked_class_ids(class_ids, units)
+        with naming("class_ids"):
+            ids = targets.checked_class_ids(class_ids, units)
         if len(ids) != len(outputs):
             raise ValueError(
                 "Arguments `outputs` and `class_ids` must have the same length. "

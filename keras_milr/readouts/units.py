@@ -86,7 +86,16 @@ class UnitHistogram:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        counts = _compiled()(features, ids, weight, self.bins, num_classes)
+        # More bins than samples cut no finer.
+        bins = max(2, min(self.bins, len(ids)))
+        cells = features.shape[1] * (bins + 2) * num_classes
+        if cells > np.iinfo("int32").max:
+            raise ValueError(
+                "Argument `features` must have fewer units, bins or classes: their "
+                f"tables have {cells} cells, more than 2^31. "
+                f"Received: features.shape={tuple(features.shape)}"
+            )
+        counts = _compiled()(features, ids, weight, bins, num_classes)
         counts = keras.ops.convert_to_numpy(counts)
         value = information.mutual_information(counts, "miller_madow")
         entropy = float(information.entropy(counts[0].sum(axis=0)))
