@@ -46,6 +46,11 @@ def pooled(activations, cells: int):
                 x = ops.tensordot(x, _cells(size, cells), axes=(axis, 0))
                 x = ops.moveaxis(x, -1, axis)
         parts.append(ops.reshape(x, (-1, int(np.prod(x.shape[1:])))))
+    if len({x.shape[0] for x in parts} - {None}) > 1:
+        raise ValueError(
+            "Argument `activations` must have arrays of one length. "
+            f"Received: {[x.shape[0] for x in parts]}"
+        )
     return ops.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
