@@ -383,7 +383,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             )
         except (TypeError, ValueError) as error:
             message = str(error).replace("`x`", "`probe_data`")
-            raise type(error)(message) from error
+            raise type(error)(
+                "Argument `learning_rate` could not be found by 'auto'; a number needs "
+                f"no range test. {message}"
+            ) from error
         high = math.inf if self.max_lr is None else self.max_lr
         rate = min(max(self.lr_range.best_lr, self.min_lr), high)
         rates.set_base(self.model, rate)

@@ -601,7 +601,7 @@ def test_callback_in_fit(data):
     names = (*CALLBACK, "x", "activations")
 
     def train():
-        return model.fit(*samples(), 12, 1, verbose=0, callbacks=[callback])
+        return model.fit(*samples(), 4, 1, verbose=0, callbacks=[callback])
 
     history = tried("MutualInformationLR in fit", train, *names)
     rate = float(model.optimizer.learning_rate)

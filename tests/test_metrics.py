@@ -179,9 +179,7 @@ def test_scalar_weight():
 
 def test_bad_shapes():
     metric = keras_milr.MutualInformation()
-    with pytest.raises(
-        ValueError, match=r"`y_pred` must be outputs of shape \(n, units\)"
-    ):
+    with pytest.raises(ValueError, match=r"`y_pred` must be .* shape \(n, units\)"):
         metric.update_state([0, 1], np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match="`y_true`: The labels must be class ids"):
         metric.update_state(np.zeros((2, 5)), np.zeros((2, 3)))

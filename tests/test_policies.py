@@ -426,5 +426,5 @@ def test_fractions_are_no_constants():
     """An array times a fraction is an array of objects, which no optimizer takes."""
     with pytest.raises(TypeError, match="`floor` must be a finite number"):
         policies.RelativeChange(floor=Fraction(1, 3))
-    with pytest.raises(ValueError, match="`max_factor` must be .* at most 3.4"):
+    with pytest.raises(ValueError, match=r"`max_factor` must be .* at most 3\.4"):
         policies.RelativeChange(max_factor=1e308)

@@ -319,6 +319,12 @@ def test_steps_and_candidates_are_as_asked_for(data, steps):
     np.testing.assert_array_equal(found.rates, [0.001, 0.01, 0.1])
 
 
+def test_a_batch_has_at_most_all_samples(data, steps):
+    found = find(plain_model(), *data, candidates=[0.01], steps=2, batch_size=10**12)
+    assert found.steps == 2
+    assert [len(y) for _, _, y, _ in steps] == [len(data[1])] * 2
+
+
 def test_quiet(data, capsys):
     find(plain_model(), *data, candidates=[0.1], verbose=0)
     assert capsys.readouterr().out == ""
