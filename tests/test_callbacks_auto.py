@@ -154,7 +154,7 @@ class TestRefused:
             probe_data=(x[:60], y[:60]), learning_rate="auto"
         )
         with pytest.raises(ValueError, match=r"(?s)`learning_rate`.* are too few"):
-            fit(make_model(), (x[:60], y[:60]), callback)
+            fit(make_model(), (x[:60], y[:60]), callback, batch_size=30)
 
     def test_data_that_can_be_read_only_once(self, data):
         batches = (tuple(a[i : i + 20] for a in data) for i in range(0, 200, 20))

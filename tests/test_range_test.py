@@ -319,6 +319,7 @@ def test_steps_and_candidates_are_as_asked_for(data, steps):
     np.testing.assert_array_equal(found.rates, [0.001, 0.01, 0.1])
 
 
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
 def test_a_batch_has_at_most_all_samples(data, steps):
     found = find(plain_model(), *data, candidates=[0.01], steps=2, batch_size=10**12)
     assert found.steps == 2
