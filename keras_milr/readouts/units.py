@@ -48,7 +48,7 @@ class UnitHistogram:
 
     def __init__(self, bins: int = 16, reduce: str | None = "mean"):
         check_integer("bins", bins, at_least=2)
-        if reduce not in _REDUCTIONS:
+        if not isinstance(reduce, str | None) or reduce not in _REDUCTIONS:
             raise ValueError(
                 f"Argument `reduce` must be one of {_REDUCTIONS}. "
                 f"Received: reduce={reduce!r}"

@@ -272,6 +272,8 @@ def test_bad_input():
         UnitHistogram(bins=None)
     with pytest.raises(ValueError, match=r"`reduce` must be one of .*'sum'"):
         UnitHistogram(reduce="sum")
+    with pytest.raises(ValueError, match="`reduce` must be one of"):
+        UnitHistogram(reduce=np.array(["mean", "max"]))
     readout = UnitHistogram()
     with pytest.raises(ValueError, match=r"whole numbers in \[0, 3\)"):
         readout.measure(x, labels, 3)
