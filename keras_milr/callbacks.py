@@ -195,7 +195,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 "Received: learning_rate='auto', probe_data=None"
             )
         if reference is not None and not callable(reference):
-            check_number("reference", reference, above=0)
+            check_number("reference", reference, above=0, at_most=_LARGEST)
         if not isinstance(verbose, (int, np.integer)):
             raise TypeError(
                 "Argument `verbose` must be 0 or 1. "

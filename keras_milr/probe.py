@@ -90,7 +90,7 @@ def draw_rows(data, model, size: int, seed: int) -> Rows:
 
     See `draw_sample`.
     """
-    rng = np.random.default_rng(seed)
+    rng, size = np.random.default_rng(seed), int(size)
     pool, batch_sizes = None, []
     for x, y, sample_weight in batches(data):
         n = check_lengths(x, y, sample_weight)

@@ -179,6 +179,11 @@ def lr_range_test(
     candidates = _check_arguments(
         candidates, steps, batch_size, layers, probe_size, seed, verbose, max_steps
     )
+    # Small integers of NumPy overflow.
+    steps, batch_size, max_steps = (
+        None if n is None else int(n) for n in (steps, batch_size, max_steps)
+    )
+    probe_size, seed = int(probe_size), int(seed)
     _check_model(model)
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():

@@ -695,6 +695,8 @@ class TestBadInput:
             ({"reference": lambda i: None}, ValueError, "`reference` must return"),
             ({"reference": lambda i: [1.0]}, ValueError, "`reference` must return"),
             ({"reference": -1.0}, ValueError, "`reference`.*-1.0"),
+            ({"reference": 1e39}, ValueError, "`reference`.*at most 3.4"),
+            ({"reference": lambda i: 10**400}, ValueError, "`reference` must return"),
             ({"reference": lambda i: -1.0}, ValueError, "`reference` must return"),
             ({"readout": "hidden"}, TypeError, "`readout` must be 'auto'"),
         ],

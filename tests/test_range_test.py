@@ -320,6 +320,15 @@ def test_steps_and_candidates_are_as_asked_for(data, steps):
 
 
 @pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+def test_small_integers_do_not_overflow(data):
+    arguments = {"batch_size": 100, "probe_size": 120, "steps": 2, "seed": 3}
+    expected = find(plain_model(), *data, candidates=[0.01], **arguments)
+    small = {name: np.int8(value) for name, value in arguments.items()}
+    found = find(plain_model(), *data, candidates=[0.01], **small)
+    np.testing.assert_array_equal(found.information, expected.information)
+
+
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
 def test_a_batch_has_at_most_all_samples(data, steps):
     found = find(plain_model(), *data, candidates=[0.01], steps=2, batch_size=10**12)
     assert found.steps == 2
