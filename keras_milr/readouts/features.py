@@ -62,7 +62,7 @@ def sketched(features, size: int, seed: int):
     average and, unlike a dense projection, costs and keeps next to nothing.
     """
     ops = keras.ops
-    width = features.shape[-1]
+    width, size = features.shape[-1], int(size)  # NumPy's may overflow.
     if width <= 2 * size:
         return features
     rng = np.random.default_rng((seed, width))

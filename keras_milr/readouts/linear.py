@@ -101,7 +101,8 @@ class LinearReadout:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        state = _compiled()(features, ids, _halves(ids, weight), weight, num_classes)
+        halves = _halves(ids, weight)
+        state = _compiled()(features, ids, halves, weight, int(num_classes))
         return Predictions(from_logits=True).finish(state)
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:

@@ -87,7 +87,7 @@ class UnitHistogram:
             features, class_ids, num_classes, sample_weight
         )
         # More bins than samples cut no finer.
-        bins = max(2, min(self.bins, len(ids)))
+        bins, num_classes = max(2, min(int(self.bins), len(ids))), int(num_classes)
         cells = features.shape[1] * (bins + 2) * num_classes
         if cells > np.iinfo("int32").max:
             raise ValueError(

@@ -423,6 +423,16 @@ def test_serialises():
     assert (again.sketch, again.seed) == (77, 5)
 
 
+def test_integers_of_numpy():
+    x, labels = layer(n=200, width=150)
+    expected = LinearReadout(sketch=70).measure(x, labels, 10)
+    readout = LinearReadout(sketch=np.int8(70))
+    assert readout.measure(x, labels, np.uint64(10)) == expected
+    expected = readouts.UnitHistogram(bins=100).measure(x, labels, 10)
+    readout = readouts.UnitHistogram(bins=np.int8(100))
+    assert readout.measure(x, labels, np.uint64(10)) == expected
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
