@@ -1,7 +1,13 @@
 """Checks of constructor arguments, with errors as Keras writes them."""
 
+import contextlib
 import math
 import numbers
+
+import keras
+import numpy as np
+
+LARGEST_SEED = 2**32 - 1  # of Keras
 
 
 def check_number(
@@ -27,7 +33,11 @@ def check_number(
     expected = ", ".join(["a finite number", *limits])
     if or_else is not None:
         expected += f", or {or_else}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    fraction = isinstance(value, numbers.Rational) and not isinstance(
+        value, numbers.Integral
+    )
+    # Neither arrays nor files know fractions.
+    if isinstance(value, bool) or fraction or not isinstance(value, numbers.Real):
         raise TypeError(_message(name, expected, value))
     try:
         value = float(value)
@@ -44,19 +54,22 @@ def check_number(
         raise ValueError(_message(name, expected, value))
 
 
-def check_integer(name, value, at_least, or_else=None):
-    """Refuses what is not an integer, or too small; `or_else` names what else serves.
+def check_integer(name, value, at_least, at_most=None, or_else=None):
+    """Refuses what is not an integer within limits; `or_else` names what else serves.
 
     Raises:
         TypeError: for what is neither a number nor text.
-        ValueError: for text, fractions, and integers below `at_least`.
+        ValueError: for text, fractions, and integers outside of the limits.
     """
     expected = f"an integer, at least {at_least}"
+    if at_most is not None:
+        expected += f", at most {at_most}"
     if or_else is not None:
         expected += f", or {or_else}"
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
         raise TypeError(_message(name, expected, value))
-    if not isinstance(value, numbers.Integral) or value < at_least:
+    inside = isinstance(value, numbers.Integral) and value >= at_least
+    if not inside or (at_most is not None and value > at_most):
         raise ValueError(_message(name, expected, value))
 
 
@@ -64,6 +77,40 @@ def check_bool(name, value):
     """Refuses what is not True or False, with a TypeError."""
     if not isinstance(value, bool):
         raise TypeError(_message(name, "True or False", value))
+
+
+def as_array(name, value):
+    """An array or tensor of real numbers, as it is; anything else as an array.
+
+    Raises:
+        ValueError: for what has no real numbers in it.
+    """
+    if not keras.ops.is_tensor(value):
+        try:
+            value = np.asarray(value)
+        except ValueError:  # A ragged list.
+            value = np.asarray(None)
+    try:
+        dtype = keras.backend.standardize_dtype(value.dtype)
+    except ValueError:
+        dtype = str(value.dtype)
+    if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
+        raise ValueError(
+            f"Argument `{name}` must be an array of real numbers. "
+            f"Received: {name} of dtype {dtype}"
+        )
+    return value
+
+
+@contextlib.contextmanager
+def naming(name):
+    """Errors that name no argument name the one that the values came by."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("Argument"):
+            raise
+        raise ValueError(f"Argument `{name}`: {error}") from error
 
 
 def _message(name, expected, value):

@@ -8,7 +8,12 @@ import numpy as np
 from absl import logging
 
 from keras_milr import policies, probe, rates, readouts
-from keras_milr._arguments import check_bool, check_integer, check_number
+from keras_milr._arguments import (
+    LARGEST_SEED,
+    check_bool,
+    check_integer,
+    check_number,
+)
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
 from keras_milr.outputs import outputs_of, signature
@@ -186,7 +191,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     ):
         super().__init__()
         check_integer("probe_size", probe_size, at_least=2)
-        check_integer("seed", seed, at_least=0)
+        check_integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
         check_bool("rollback", rollback)
         per_epoch = isinstance(update_freq, str) and update_freq == "epoch"
         if not per_epoch:
@@ -214,7 +219,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 "Received: learning_rate='auto', probe_data=None"
             )
         if reference is not None and not callable(reference):
-            check_number("reference", reference, above=0)
+            check_number("reference", reference, above=0, at_most=_LARGEST)
         if not isinstance(verbose, (int, np.integer)):
             raise TypeError(
                 "Argument `verbose` must be 0 or 1. "
@@ -426,7 +431,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             )
         except (TypeError, ValueError) as error:
             message = str(error).replace("`x`", "`probe_data`")
-            raise type(error)(message) from error
+            raise type(error)(
+                "Argument `learning_rate` could not be found by 'auto'; a number needs "
+                f"no range test. {message}"
+            ) from error
         high = math.inf if self.max_lr is None else self.max_lr
         rate = min(max(self.lr_range.best_lr, self.min_lr), high)
         rates.set_base(self.model, rate)

@@ -1,11 +1,12 @@
 """The loop of one training: a reading goes to the policy, its rates are set."""
 
-import math
 import numbers
 
 import numpy as np
 
 from keras_milr.policies import Reading
+
+_LARGEST = float(np.finfo("float32").max)
 
 
 class Controller:
@@ -126,8 +127,8 @@ class Controller:
         if not callable(self._reference):
             return float(self._reference)
         reference = self._reference(info)
-        number = isinstance(reference, numbers.Real) and math.isfinite(reference)
-        if not number or reference <= 0:
+        number = isinstance(reference, numbers.Real)
+        if not number or not 0 < reference <= _LARGEST:
             raise ValueError(
                 "Argument `reference` must return a positive number of nats. "
                 f"Received: {reference!r}"

@@ -49,6 +49,12 @@ def contingency(
     if any(_in_trace(v) for v in (a, b, sample_weight)):
         return _contingency_in_trace(a, b, num_a, num_b, sample_weight)
     a, b = _ids(a, num_a, "a"), _ids(b, num_b, "b")
+    num_a, num_b = int(num_a), int(num_b)  # Unsigned ones of NumPy make floats.
+    if num_a * num_b > np.iinfo("int32").max:
+        raise ValueError(
+            "Arguments `num_a` and `num_b` must make fewer than 2^31 cells. "
+            f"Received: num_a={num_a}, num_b={num_b}"
+        )
     if a.shape != b.shape:
         raise ValueError(
             "Arguments `a` and `b` must have the same length. "
@@ -176,6 +182,19 @@ def standard_error(counts: Array) -> Array:
     square root of their number. It is the error of one reading: two readings of
     the same samples differ by less than their errors suggest.
 
+    Of samples drawn independently, the Miller–Madow estimate ± 1.96 errors holds the
+    truth 92–98 % of times where five are expected in each cell that can have any, and
+    the information is above twice its null level. Elsewhere, by
+    `tests/test_statistics.py`:
+
+    - With rarer cells, as late in a training, the error is up to a third too small and
+      the estimate too high: with 10 classes, 2,048 samples and 1 % of errors
+      everywhere, .012 nats, and 73 % hold the truth; with 20 classes, 2,000 samples
+      and 5 %, .056 nats and 32 %.
+    - Where there is next to no information the error is too large.
+    - It is too large too where the labels have fixed shares that are not even, as in a
+      stratified sample.
+
     Args:
         counts: Counts `>= 0`, shape `(..., R, S)`.
 
@@ -235,7 +254,7 @@ def _occupied(xp, counts):
 
 def _prepare(counts, rank, correction):
     """The namespace to compute in, the counts in it, and whether they are valid."""
-    if correction not in _CORRECTIONS:
+    if not isinstance(correction, str | None) or correction not in _CORRECTIONS:
         raise ValueError(
             f"Argument `correction` must be one of {_CORRECTIONS}. "
             f"Received: correction={correction!r}"
@@ -273,12 +292,19 @@ def _in_trace(x):
     return keras.ops.is_tensor(x) and is_symbolic(x)
 
 
-def _to_numpy(x):
-    return keras.ops.convert_to_numpy(x) if keras.ops.is_tensor(x) else np.asarray(x)
+def _to_numpy(x, name):
+    if keras.ops.is_tensor(x):
+        return keras.ops.convert_to_numpy(x)
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # A ragged list.
+        raise ValueError(
+            f"Argument `{name}` must be an array. Received: {name}={x!r}"
+        ) from error
 
 
 def _nonnegative(x, name):
-    x = _to_numpy(x)
+    x = _to_numpy(x, name)
     if x.dtype.kind not in "biuf":
         raise ValueError(
             f"Argument `{name}` must hold real numbers. Received: dtype={x.dtype}"
@@ -295,9 +321,9 @@ def _nonnegative(x, name):
 
 def _ids(x, num, name):
     check_integer(f"num_{name}", num, at_least=1)
-    x = _to_numpy(x)
+    x = _to_numpy(x, name)
     if x.size == 0:
-        x = x.astype("int64")
+        x = np.zeros(x.shape, "int64")
     if x.ndim != 1 or x.dtype.kind not in "biu":
         raise ValueError(
             f"Argument `{name}` must be a vector of integer ids. "

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, information, readouts, targets
-from keras_milr._arguments import check_bool
+from keras_milr._arguments import as_array, check_bool, naming
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -62,7 +62,18 @@ class MutualInformation(keras.metrics.Metric):
         from_logits=False,
         targets="auto",
     ):
-        super().__init__(name=name, dtype=dtype)
+        if not isinstance(name, str | None):
+            raise TypeError(
+                "Argument `name` must be a string. "
+                f"Received: name={name!r} of type {type(name).__name__}"
+            )
+        try:
+            super().__init__(name=name, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "Argument `dtype` must be a data type of floats, or a policy. "
+                f"Received: dtype={dtype!r}: {error}"
+            ) from error
         check_bool("from_logits", from_logits)
         if not isinstance(targets, str) or targets not in ("auto", "multi_label"):
             remedy = ""
@@ -98,16 +109,18 @@ class MutualInformation(keras.metrics.Metric):
         """
         ops = keras.ops
         mask = _keras.mask_of(y_pred)
-        y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+        y_true = ops.convert_to_tensor(as_array("y_true", y_true))
+        y_pred = ops.convert_to_tensor(as_array("y_pred", y_pred))
         if len(y_pred.shape) == 1:
             y_pred = ops.expand_dims(y_pred, -1)
-        if len(y_pred.shape) == 0 or y_pred.shape[-1] is None:
+        if len(y_pred.shape) == 0 or not y_pred.shape[-1]:
             raise ValueError(
-                "MutualInformation expects outputs of shape (n, ..., units). "
+                "Argument `y_pred` must be outputs of shape (n, ..., units). "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
         units, positions = y_pred.shape[-1], tuple(y_pred.shape[1:-1])
-        kind = targets.label_kind(y_true.shape, units, positions)
+        with naming("y_true"):
+            kind = targets.label_kind(y_true.shape, units, positions)
         if self.targets == "multi_label":
             if kind != "one_hot":
                 raise ValueError(
@@ -131,11 +144,18 @@ class MutualInformation(keras.metrics.Metric):
                 f"MutualInformation has counted {self._counted()} so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
+        if len(y_true.shape) > 0:
+            _check_length("y_true", y_true.shape[0], y_pred)
         ids = targets.class_ids(y_true, units, kind)
         weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
+        if sample_weight is not None:
+            sample_weight = as_array("sample_weight", sample_weight)
         for factor in (sample_weight, mask):
             if factor is not None:
-                weight = weight * _like(ops.cast(factor, "float32"), weight)
+                factor = ops.cast(factor, "float32")
+                if len(factor.shape) > 0 and factor.shape[0] != 1:
+                    _check_length("sample_weight", factor.shape[0], y_pred)
+                weight = weight * _like(factor, weight)
         weight = ops.reshape(weight, (-1,))
         y_pred = ops.reshape(y_pred, (-1, units))
         if several:
@@ -186,6 +206,14 @@ def _like(weight, positions):
     for _ in range(rank - len(weight.shape)):
         weight = ops.expand_dims(weight, -1)
     return ops.reshape(weight, ops.shape(weight)[:rank])
+
+
+def _check_length(name, length, y_pred):
+    if length is not None and y_pred.shape[0] not in (None, length):
+        raise ValueError(
+            f"Arguments `{name}` and `y_pred` must have the same length. "
+            f"Received: {length} and {y_pred.shape[0]}"
+        )
 
 
 class MetricTable:

@@ -191,7 +191,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             values *= decay ** (max(rungs) - np.array(rungs))
         if multipliers:
             given = names.resolve(multipliers, paths, "multipliers")
-            values *= [1.0 if value is None else value for value in given]
+            values *= [1.0 if value is None else float(value) for value in given]
         return paths, owners, values
 
     def _restored_multipliers(self, variables):
@@ -325,7 +325,17 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
 
 def _checked_inner(inner_optimizer):
-    inner_optimizer = keras.optimizers.get(inner_optimizer)
+    given = inner_optimizer
+    try:
+        inner_optimizer = keras.optimizers.get(given)
+        known = inner_optimizer is not None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            "Argument `inner_optimizer` must be a keras.optimizers.Optimizer, or the "
+            f"name of one. Could not interpret optimizer identifier: {given!r}"
+        )
     if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "Argument `inner_optimizer` must not be a LossScaleOptimizer. Put it "
@@ -353,4 +363,5 @@ def _check_multipliers(multipliers):
             f"Received: multipliers={multipliers!r}"
         )
     for layer, value in multipliers.items():
-        check_number(f"multipliers[{layer!r}]", value, at_least=0)
+        limit = float(np.finfo("float32").max)
+        check_number(f"multipliers[{layer!r}]", value, at_least=0, at_most=limit)

@@ -162,9 +162,15 @@ def _series(history):
 
 
 def _series_of_logs(history):
-    logs = history.history
+    # A validation that was not in every epoch has no place on the axis.
+    logs = {
+        key: values
+        for key, values in history.history.items()
+        if isinstance(values, list) and len(values) == len(history.epoch) > 0
+    }
     prefix = "probe_mutual_information/"
     layers = [key.removeprefix(prefix) for key in logs if key.startswith(prefix)]
+    layers = [name for name in layers if f"learning_rate/{name}" in logs]
     if layers:
         series = {
             "layers": layers,
@@ -180,11 +186,8 @@ def _series_of_logs(history):
             "value": "probe_mutual_information",
         }
         if "probe_information" not in logs:
-            # A validation that was not in every epoch has no place on the axis.
             metrics = ("val_mutual_information", "mutual_information")
-            length = len(logs.get("learning_rate", ()))
-            whole = [key for key in metrics if len(logs.get(key, ())) == length > 0]
-            names["value"] = whole[0] if whole else ""
+            names["value"] = next((key for key in metrics if key in logs), "")
     series |= {k: np.asarray(logs[v]) for k, v in names.items() if v in logs}
     if "rate" not in series or len(series) == 1:
         raise ValueError(

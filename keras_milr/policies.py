@@ -54,6 +54,8 @@ class Reading(NamedTuple):
 
 Policy = Callable[[Reading], np.ndarray]
 
+_SINGLE = np.finfo("float32")  # in which rates are set
+
 
 class _Configured:
     """Serialisation of a policy whose constructor arguments are its attributes."""
@@ -113,7 +115,7 @@ class RelativeChange(_Configured):
     ):
         check_number("expected", expected, at_least=0)
         check_number("floor", floor, above=0)
-        check_number("max_factor", max_factor, above=1)
+        check_number("max_factor", max_factor, above=1, at_most=float(_SINGLE.max))
         check_number("max_ratio", max_ratio, at_least=1)
         self.expected = expected
         self.floor = floor
@@ -121,8 +123,10 @@ class RelativeChange(_Configured):
         self.max_ratio = max_ratio
 
     def __call__(self, reading: Reading) -> np.ndarray:
+        reading = _checked(reading)
         base = np.maximum(reading.previous, self.floor * reading.reference)
-        relative = _change(reading) / np.maximum(base, reading.noise)
+        base = np.maximum(base, np.maximum(reading.noise, _SINGLE.tiny))
+        relative = _change(reading) / base
         factor = (1.0 + relative) / (1.0 + self.expected)
         factor = np.clip(factor, 1.0 / self.max_factor, self.max_factor)
         return _within_ratio(reading.rate * factor, reading, self.max_ratio)
@@ -147,6 +151,7 @@ class _MissingShare(_Configured):
     def _gain(self, reading: Reading):
         """Share gained of what was missing, and whether nothing is any more."""
         negligible = np.maximum(self.hold * reading.reference, reading.noise)
+        negligible = np.maximum(negligible, _SINGLE.tiny)
         before = reading.reference - reading.previous
         gain = _change(reading) / np.maximum(before, negligible)
         return gain, reading.reference - reading.information < negligible
@@ -234,7 +239,9 @@ class ReferenceLevel(_MissingShare):
         self.share = share
         self._set_shared(cut, hold, floor, grow_steps, grow_below, max_ratio)
 
+    @np.errstate(over="ignore")  # A share of next to nothing: clipped.
     def __call__(self, reading: Reading) -> np.ndarray:
+        reading = _checked(reading)
         gain, saturated = self._gain(reading)
         kept = np.clip(gain / self.share, self.cut, 1.0)
         rate = self._lowered(reading, kept)
@@ -325,7 +332,9 @@ class ThresholdDecay(_MissingShare):
         self.sharpness = sharpness
         self._set_shared(cut, hold, floor, grow_steps, grow_below, max_ratio)
 
+    @np.errstate(over="ignore")  # A share of next to nothing: clipped.
     def __call__(self, reading: Reading) -> np.ndarray:
+        reading = _checked(reading)
         gain, saturated = self._gain(reading)
         if reading.steps is None:
             factor = np.clip(gain / self.threshold, self.cut, 1.0)
@@ -384,6 +393,53 @@ def get(identifier) -> Policy:
             f"Received: policy={identifier!r} of type {type(identifier).__name__}"
         )
     return identifier
+
+
+def _checked(reading: Reading) -> Reading:
+    """The reading in float64; what has no value in float32 is 0.
+
+    Raises:
+        TypeError: for anything else than a reading.
+        ValueError: for numbers that no training has, which would make rates of NaN.
+    """
+    if not isinstance(reading, Reading):
+        raise TypeError(
+            "Argument `reading` must be a policies.Reading. "
+            f"Received: reading={reading!r} of type {type(reading).__name__}"
+        )
+    for name in ("step", "steps", "rollbacks"):
+        number = getattr(reading, name)
+        if number is not None or name != "steps":
+            check_integer(f"reading.{name}", number, at_least=0)
+            if number > float(_SINGLE.max):
+                raise ValueError(
+                    f"Argument `reading.{name}` must be a number of readings. "
+                    f"Received: {number}"
+                )
+    arrays = {}
+    for name in Reading._fields[:8]:
+        try:
+            array = np.asarray(getattr(reading, name))
+        except ValueError:  # A ragged list.
+            array = np.array(None)
+        shape = array.shape if not arrays else arrays["rate"].shape
+        if array.dtype.kind not in "iuf" or array.shape != shape or array.ndim != 1:
+            raise ValueError(
+                f"Argument `reading.{name}` must be an array of real numbers, one for "
+                f"each rate. Received: {getattr(reading, name)!r}"
+            )
+        with np.errstate(over="ignore"):
+            single = array.astype("float32")
+        least = -np.inf if name in ("information", "previous", "best") else 0.0
+        bad = ~np.isfinite(single) | (single < least)
+        bad |= (single == 0) & (name == "reference")
+        if np.any(bad):
+            raise ValueError(
+                f"Argument `reading.{name}` must have finite numbers, and none below "
+                f"0, a reference above it. Received: {array}"
+            )
+        arrays[name] = np.where(single == 0, 0.0, array).astype("float64")
+    return reading._replace(**arrays)
 
 
 def _change(reading: Reading) -> np.ndarray:

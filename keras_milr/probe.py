@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, backend, layers, outputs, targets
+from keras_milr._arguments import naming
 from keras_milr.readouts import Columns, Information, Predictions, mean
 from keras_milr.readouts.predictions import scaled, tally
 
@@ -137,10 +138,10 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
 
     See `draw_sample`.
     """
-    rng = np.random.default_rng(seed)
+    rng, size = np.random.default_rng(seed), int(size)
     pool, batch_sizes = None, []
     for x, y, sample_weight in batches(data):
-        n = _check_lengths(x, y, sample_weight)
+        n = check_lengths(x, y, sample_weight)
         if n == 0:
             continue
         if pool is None:
@@ -217,7 +218,10 @@ class _Plan:
             try:
                 if found[one.index] is None:
                     raise ValueError(f"There are no labels for output {one.name!r}")
-                target = targets.detect(one.loss, found[one.index], one.values, given)
+                with naming("probe_data"):
+                    target = targets.detect(
+                        one.loss, found[one.index], one.values, given
+                    )
             except ValueError as error:
                 if len(several) == 1 or given != "auto":
                     raise
@@ -329,7 +333,8 @@ class _Plan:
         # Labels in padding may be anything; those of whole samples may not.
         masked = target.positions or target.ignore_class is not None
         counted = weight > 0 if weight is not None and masked else None
-        return targets.checked_ids(labels, target, counted), weight
+        with naming("probe_data"):
+            return targets.checked_ids(labels, target, counted), weight
 
     def _check_varied(self, target, ids, weight):
         if target.by_unit:
@@ -506,7 +511,8 @@ def _array(x):
     return x.astype(keras.config.floatx(), copy=False) if x.dtype.kind == "f" else x
 
 
-def _check_lengths(x, y, sample_weight):
+def check_lengths(x, y, sample_weight) -> int:
+    """Number of samples in a batch; ValueError for lengths that differ."""
     shapes = [np.shape(a) for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
     weights = [] if sample_weight is None else keras.tree.flatten(sample_weight)
     for weight in weights:

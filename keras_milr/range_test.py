@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from keras_milr import backend, probe, rates
-from keras_milr._arguments import check_integer, check_number
+from keras_milr._arguments import LARGEST_SEED, check_integer, check_number
 from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
 from keras_milr.readouts import Information
@@ -21,6 +21,7 @@ from keras_milr.untouched import (
 )
 
 STEPS = 30  # of a candidate, at most, where the number is not given
+_MOST_STEPS = 1_000_000  # of a candidate, where it is
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
 _NEGLIGIBLE = 0.01  # share of H(Y)
@@ -186,23 +187,29 @@ def lr_range_test(
     candidates = _check_arguments(
         candidates, steps, batch_size, layers, probe_size, seed, verbose, max_steps
     )
+    # Small integers of NumPy overflow.
+    steps, batch_size, max_steps = (
+        None if n is None else int(n) for n in (steps, batch_size, max_steps)
+    )
+    probe_size, seed = int(probe_size), int(seed)
     _check_model(model)
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first_x, _, _ = next(probe.batches(data), ((), None, None))
-        first = max(map(len, keras.tree.flatten(first_x)), default=0)
-        if first > 0:
+            first = next(probe.batches(data), None)
+        length = 0 if first is None else probe.check_lengths(*first)
+        if length > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
-            outputs_of(model, first_x)
-        batch_size = batch_size or (32 if y is not None else first)
+            outputs_of(model, first[0])
+        batch_size = batch_size or (32 if y is not None else length)
     with own_random_state(seed) as reseed:
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
             rows = probe.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
+            batch_size = min(batch_size, rows.batch_sizes[0])  # As in `fit`.
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
         count = _COUNT if candidates is None else len(candidates)
         if steps is None:
@@ -436,8 +443,9 @@ def _result(trial):
     if not moved:
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
-            "beyond the noise. The lowest of about the lowest loss counts as best; pass more "
-            f"`steps` to find out. Received: rates {[row.rate for row in trained]}",
+            "beyond the noise. The lowest one of about the lowest loss counts as best; "
+            "pass more `steps` to find out. "
+            f"Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )
     nan, lowest = math.nan, (moved or [best])[0].rate
@@ -511,9 +519,10 @@ def _check_arguments(
         ("max_steps", max_steps),
     ):
         if value is not None:
-            check_integer(name, value, at_least=1)
+            most = _MOST_STEPS if name == "steps" else None
+            check_integer(name, value, at_least=1, at_most=most)
     check_integer("probe_size", probe_size, at_least=2)
-    check_integer("seed", seed, at_least=0)
+    check_integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
     if not isinstance(verbose, (int, np.integer)):
         raise TypeError(
             "Argument `verbose` must be 0 or 1. "

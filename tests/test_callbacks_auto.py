@@ -148,6 +148,14 @@ class TestRefused:
             for a, b in zip(model.get_weights(), before, strict=True):
                 np.testing.assert_array_equal(a, b)
 
+    def test_few_batches(self, data):
+        x, y = data
+        callback = keras_milr.MutualInformationLR(
+            probe_data=(x[:60], y[:60]), learning_rate="auto"
+        )
+        with pytest.raises(ValueError, match=r"(?s)`learning_rate`.* are too few"):
+            fit(make_model(), (x[:60], y[:60]), callback, batch_size=30)
+
     def test_data_that_can_be_read_only_once(self, data):
         batches = (tuple(a[i : i + 20] for a in data) for i in range(0, 200, 20))
         callback = MutualInformationLR(probe_data=batches, learning_rate="auto")

@@ -266,3 +266,24 @@ def test_bad_arguments():
         information.contingency([0, 1], [0, 1], 2, 2, [1.0])
     with pytest.raises(ValueError, match="`num_a` must be an integer, at least 1"):
         information.contingency([0, 1], [0, 1], 0, 2)
+
+
+def test_ragged_lists_and_absurd_options():
+    with pytest.raises(ValueError, match="`counts` must be an array"):
+        information.entropy([[1, 2], [3]])
+    with pytest.raises(ValueError, match="`a` must be an array"):
+        information.contingency([[0, 1], [0]], [0, 1], 2, 2)
+    for correction in (np.ones(2), 3, ["miller_madow"]):
+        with pytest.raises(ValueError, match="`correction` must be one of"):
+            information.mutual_information(np.eye(2), correction)
+
+
+def test_sizes_of_a_table():
+    ids = np.array([0, 1])
+    table = information.contingency(ids, ids, np.uint64(2), np.int8(2))
+    np.testing.assert_array_equal(table, np.eye(2))
+    none = np.zeros(0, "complex64")  # of no samples, whatever the type
+    assert information.contingency(none, none, 2, 3).shape == (2, 3)
+    for size in (2**31, 2**64, 10**400):
+        with pytest.raises(ValueError, match="`num_a` and `num_b` must make fewer"):
+            information.contingency(ids, ids, 2, size)

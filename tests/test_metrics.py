@@ -180,11 +180,11 @@ def test_scalar_weight():
 
 def test_bad_shapes():
     metric = keras_milr.MutualInformation()
-    with pytest.raises(ValueError, match=r"shape \(n, ..., units\)"):
+    with pytest.raises(ValueError, match=r"`y_pred` .* shape \(n, ..., units\)"):
         metric.update_state([0, 1], 0.5)
     with pytest.raises(ValueError, match=r"class ids of shape \(n, 3\) or"):
         metric.update_state([0, 1], np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match="labels must be class ids"):
+    with pytest.raises(ValueError, match="`y_true`: The labels must be class ids"):
         metric.update_state(np.zeros((2, 5)), np.zeros((2, 3)))
     metric.update_state([0, 1], np.zeros((2, 3)))
     with pytest.raises(ValueError, match="has counted 3 classes so far"):
@@ -293,3 +293,37 @@ def test_tokens(kind, weights):
     assert found == pytest.approx(
         mutual_info_score(y.ravel()[repeated], said[repeated]), abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": 3}, TypeError, "`name` must be a string"),
+        ({"dtype": "a"}, ValueError, "`dtype` must be a data type"),
+        ({"from_logits": 1}, TypeError, "`from_logits` must be True or False"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        keras_milr.MutualInformation(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_true": None}, "`y_true` must be an array of real numbers"),
+        ({"y_true": ["a", "b"]}, "`y_true` must be an array of real numbers"),
+        ({"y_true": [0, 1, 1]}, "`y_true` and `y_pred` must have the same length"),
+        ({"y_pred": "a"}, "`y_pred` must be an array of real numbers"),
+        ({"y_pred": [[1, 2], [3]]}, "`y_pred` must be an array of real numbers"),
+        ({"y_pred": 1.0}, "`y_pred` must be outputs of shape"),
+        ({"y_pred": np.zeros((2, 0))}, "`y_pred` must be outputs of shape"),
+        ({"sample_weight": ["a", "b"]}, "`sample_weight` must be an array"),
+        ({"sample_weight": [1, 1, 1]}, "`sample_weight` and `y_pred` must have"),
+    ],
+)
+def test_bad_updates(changes, message):
+    batch = {"y_true": [0, 1], "y_pred": np.eye(2), "sample_weight": [1, 1]}
+    metric = keras_milr.MutualInformation()
+    with pytest.raises(ValueError, match=message):
+        metric.update_state(**(batch | changes))

@@ -542,6 +542,9 @@ class TestBadInput:
                 "`layer_order` must be a list",
             ),
             ({"inner_optimizer": 3}, ValueError, "Could not interpret optimizer"),
+            ({"inner_optimizer": None}, ValueError, "`inner_optimizer` must be"),
+            ({"inner_optimizer": {"a": 1}}, ValueError, "`inner_optimizer` must be"),
+            ({"multipliers": {"a": 1e39}}, ValueError, "at most 3.4"),
         ],
         ids=str,
     )

@@ -87,6 +87,16 @@ def test_bad_input(trained):
         keras_milr.plot_history(keras_milr.MutualInformationLR())
     with pytest.raises(ValueError, match="in its logs"):
         keras_milr.plot_history(keras.callbacks.History())
+    history = keras.callbacks.History()
+    history.epoch = [0, 1]
+    for logs in (
+        {"probe_mutual_information/a": [0.1, 0.2]},  # without its rate
+        {"learning_rate": 0.1, "probe_information": [0.1, 0.2]},
+        {"learning_rate": [0.1], "probe_information": [0.1]},  # of other epochs
+    ):
+        history.history = logs
+        with pytest.raises(ValueError, match="`history` must have a learning rate"):
+            keras_milr.plot_history(history)
 
 
 @pytest.fixture(scope="module", params=[3, 12], ids=["lines", "maps"])

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import keras
 import numpy as np
 import pytest
@@ -366,3 +368,63 @@ def test_unknown_policies(identifier, error):
 def test_bad_constants(policy, name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .* Received: {name}="):
         policy(**{name: value})
+
+
+@BOTH
+class TestAbsurdReadings:
+    """A rate that is not a number would be set without a word."""
+
+    @pytest.mark.parametrize("field", policies.Reading._fields[:8])
+    @pytest.mark.parametrize(
+        "value",
+        [[np.nan], [np.inf], [1e300], [1.0, 2.0], 1.0, ["a"], [1j], [[1], [2, 3]]],
+        ids=str,
+    )
+    def test_arrays(self, policy, field, value):
+        reading = make_reading()._replace(**{field: value})
+        match = "`reading." if field == "rate" else f"`reading.{field}` must"
+        with pytest.raises(ValueError, match=match):
+            policy(reading)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("rate", -0.1), ("noise", -1.0), ("reference", 0.0), ("reference", 1e-300)],
+    )
+    def test_limits(self, policy, field, value):
+        with pytest.raises(ValueError, match=f"`reading.{field}` must have finite"):
+            policy(make_reading(**{field: value}))
+
+    @pytest.mark.parametrize("field", ["step", "steps", "rollbacks"])
+    @pytest.mark.parametrize("value", [-1, 0.5, 10**400, "a", [1]])
+    def test_numbers(self, policy, field, value):
+        with pytest.raises((TypeError, ValueError), match=f"`reading.{field}` must be"):
+            policy(make_reading()._replace(**{field: value}))
+
+    def test_other_than_a_reading(self, policy):
+        with pytest.raises(TypeError, match=r"`reading` must be a policies\.Reading"):
+            policy({"rate": 0.1})
+
+
+def test_constants_next_to_nothing():
+    """Nothing over nothing is no change, not NaN."""
+    tiny = 5e-324
+    still = {"information": 0.0, "previous": 0.0, "noise": 0.0}
+    gained = {"information": 1.0, "previous": 0.0, "noise": 0.0}
+    for policy in (
+        policies.RelativeChange(floor=tiny),
+        policies.ReferenceLevel(share=tiny, hold=tiny, floor=tiny, cut=tiny),
+        policies.ThresholdDecay(threshold=tiny, hold=tiny, floor=tiny, cut=tiny),
+    ):
+        for changes in (still, gained):
+            for start_rate in (0.01, tiny):
+                reading = make_reading(**changes, start_rate=start_rate)
+                with np.errstate(divide="raise", invalid="raise"):
+                    assert np.isfinite(policy(reading)[0])
+
+
+def test_fractions_are_no_constants():
+    """An array times a fraction is an array of objects, which no optimizer takes."""
+    with pytest.raises(TypeError, match="`floor` must be a finite number"):
+        policies.RelativeChange(floor=Fraction(1, 3))
+    with pytest.raises(ValueError, match=r"`max_factor` must be .* at most 3\.4"):
+        policies.RelativeChange(max_factor=1e308)

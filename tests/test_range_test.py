@@ -319,6 +319,22 @@ def test_steps_and_candidates_are_as_asked_for(data, steps):
     np.testing.assert_array_equal(found.rates, [0.001, 0.01, 0.1])
 
 
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+def test_small_integers_do_not_overflow(data):
+    arguments = {"batch_size": 100, "probe_size": 120, "steps": 2, "seed": 3}
+    expected = find(plain_model(), *data, candidates=[0.01], **arguments)
+    small = {name: np.int8(value) for name, value in arguments.items()}
+    found = find(plain_model(), *data, candidates=[0.01], **small)
+    np.testing.assert_array_equal(found.information, expected.information)
+
+
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+def test_a_batch_has_at_most_all_samples(data, steps):
+    found = find(plain_model(), *data, candidates=[0.01], steps=2, batch_size=10**12)
+    assert found.steps == 2
+    assert [len(y) for _, _, y, _ in steps] == [len(data[1])] * 2
+
+
 def test_quiet(data, capsys):
     find(plain_model(), *data, candidates=[0.1], verbose=0)
     assert capsys.readouterr().out == ""
@@ -647,6 +663,8 @@ def test_a_dataset_goes_on_shuffling_as_without(data):
         ({"probe_size": 1}, ValueError, "`probe_size` must be an integer, at least 2"),
         ({"probe_size": 15}, ValueError, "`probe_size` must be at least 2 for each"),
         ({"seed": -1}, ValueError, "`seed` must be an integer"),
+        ({"seed": 2**32}, ValueError, "`seed` must be .* at most 4294967295"),
+        ({"steps": 10**9}, ValueError, "`steps` must be .* at most 1000000"),
         ({"verbose": "a"}, TypeError, "`verbose` must be 0 or 1"),
         ({"layers": {"a": "b"}}, TypeError, "`layers` must be a name"),
         ({"class_weight": [1, 2]}, TypeError, "`class_weight` must be a dict"),
@@ -679,8 +697,10 @@ def test_bad_data(data, steps):
         ((batches.repeat(),), {}, "`x` must be finite"),
         ((x, y[:5]), {}, "labels and weights in `x` must have the same length"),
         ((x[:0], y[:0]), {}, "`x` is empty"),
+        ((x, 3), {}, "`x` must come in batches"),
+        ((np.array(1.0), y), {}, "`x` must come in batches"),
         ((x, y * 0), {}, "`x` must have at least two classes"),
-        ((x, y + 5), {}, "labels must be whole numbers"),
+        ((x, y + 5), {}, "`x`: The labels must be whole numbers"),
         ((x * np.nan, y), {}, "inputs in `x` must be finite"),
         ((x[:30], y[:30]), {"steps": 9}, "`x` must have at least 4 samples for each"),
     ):

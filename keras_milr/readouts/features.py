@@ -4,8 +4,9 @@ import keras
 import numpy as np
 
 from keras_milr import targets
-from keras_milr._arguments import check_integer
+from keras_milr._arguments import as_array, check_integer, naming
 
+_MOST_CLASSES = 46_340  # whose table has fewer cells than int32 can number
 _HUGE = 1e15  # Beyond, the square of a float32 overflows when summed.
 
 
@@ -23,8 +24,13 @@ def pooled(activations, cells: int):
     """
     ops = keras.ops
     parts = []
-    for x in activations if isinstance(activations, (list, tuple)) else [activations]:
-        x = ops.cast(x, "float32")  # Half precision overflows in sums.
+    if not isinstance(activations, (list, tuple)):
+        activations = [activations]
+    if not activations:
+        raise ValueError("Argument `activations` must not be empty. Received: []")
+    for x in activations:
+        # Half precision overflows in sums.
+        x = ops.cast(as_array("activations", x), "float32")
         if len(x.shape) == 0:
             raise ValueError(
                 "Argument `activations` must be an array of shape (n, ..., channels), "
@@ -40,6 +46,11 @@ def pooled(activations, cells: int):
                 x = ops.tensordot(x, _cells(size, cells), axes=(axis, 0))
                 x = ops.moveaxis(x, -1, axis)
         parts.append(ops.reshape(x, (-1, int(np.prod(x.shape[1:])))))
+    if len({x.shape[0] for x in parts} - {None}) > 1:
+        raise ValueError(
+            "Argument `activations` must have arrays of one length. "
+            f"Received: {[x.shape[0] for x in parts]}"
+        )
     return ops.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
@@ -51,7 +62,7 @@ def sketched(features, size: int, seed: int):
     average and, unlike a dense projection, costs and keeps next to nothing.
     """
     ops = keras.ops
-    width = features.shape[-1]
+    width, size = features.shape[-1], int(size)  # NumPy's may overflow.
     if width <= 2 * size:
         return features
     rng = np.random.default_rng((seed, width))
@@ -75,13 +86,14 @@ def checked_samples(features, class_ids, num_classes, sample_weight=None):
         ValueError: for shapes that do not fit, ids out of range, and weights that are
             negative or not finite.
     """
-    check_integer("num_classes", num_classes, at_least=2)
+    check_integer("num_classes", num_classes, at_least=2, at_most=_MOST_CLASSES)
     if len(features.shape) != 2 or 0 in features.shape:
         raise ValueError(
             "Argument `features` must have shape (n, features), neither of them 0. "
             f"Received: features.shape={tuple(features.shape)}"
         )
-    ids = targets.checked_class_ids(class_ids, num_classes)
+    with naming("class_ids"):
+        ids = targets.checked_class_ids(class_ids, num_classes)
     weight = np.ones(len(ids), "float32") if sample_weight is None else sample_weight
     weight = np.asarray(weight, "float32")
     if len(ids) != features.shape[0] or weight.shape != ids.shape:

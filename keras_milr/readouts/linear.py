@@ -103,7 +103,7 @@ class LinearReadout:
         )
         order, middle = _halves(ids, weight)
         state = _compiled()(
-            *(features, order, ids[order], weight[order], middle, num_classes)
+            *(features, order, ids[order], weight[order], middle, int(num_classes))
         )
         return Predictions(from_logits=True).finish(state)
 

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 
 from keras_milr import information, targets
-from keras_milr._arguments import check_bool
+from keras_milr._arguments import as_array, check_bool, check_integer, naming
 from keras_milr.readouts.result import Information
+
+_MOST_SURPRISE = 1e15  # nats
 
 
 def predicted_class(outputs, from_logits: bool = False):
@@ -65,6 +67,10 @@ class Predictions:
     H(Y) − h(e) − e log(K − 1) from the error rate e. `Information.estimator` says
     which.
 
+    H(Y) is that of the sample. Where its labels are drawn at random it is about
+    (K − 1) / 2n below that of the population, and so are both bounds, which matters
+    with hundreds of classes; a stratified sample, such as the probe, has its shares.
+
     Example:
 
     ```python
@@ -90,8 +96,8 @@ class Predictions:
             # A table would take gigabytes, and no sample is large enough to fill it.
             counts = {
                 "labels": np.zeros(num_classes, "float32"),
-                "correct": np.zeros((), "float32"),
-                "none": np.zeros((), "float32"),
+                "correct": np.zeros(num_classes, "float32"),
+                "none": np.zeros(num_classes, "float32"),
             }
         return counts | {
             # −log p(label): its sum for each class, and the sum of its squares.
@@ -133,7 +139,9 @@ class Predictions:
         finite = ops.all(ops.isfinite(outputs), axis=-1)
         log_p, proper = self._log_probability(outputs, class_ids)
         # A row that is not finite says nothing, at the price of the worst guess.
-        surprise = ops.where(finite, -log_p, -math.log(keras.config.epsilon()))
+        # Logits have no limit, and the square of a float32 has one.
+        surprise = ops.minimum(-log_p, _MOST_SURPRISE)
+        surprise = ops.where(finite, surprise, -math.log(keras.config.epsilon()))
         improper = ops.where(finite & ~proper, sample_weight, 0.0)
         classes = targets.num_classes(outputs.shape[-1])
         sums = self._counts(state, outputs, class_ids, sample_weight) | {
@@ -197,15 +205,17 @@ class Predictions:
         Raises:
             ValueError: for shapes that do not fit and ids out of range.
         """
-        outputs = keras.ops.convert_to_tensor(outputs)
+        check_integer("num_classes", num_classes, at_least=2)
+        outputs = keras.ops.convert_to_tensor(as_array("outputs", outputs))
         units = outputs.shape[-1] if len(outputs.shape) == 2 else None
-        if units is None or targets.num_classes(units) != num_classes:
+        if not units or targets.num_classes(units) != num_classes:
             raise ValueError(
                 f"Argument `outputs` must have shape (n, {num_classes}), or (n, 1) for "
                 f"two classes. Received: outputs.shape={tuple(outputs.shape)}, "
                 f"num_classes={num_classes}"
             )
-        ids = targets.checked_class_ids(class_ids, units)
+        with naming("class_ids"):
+            ids = targets.checked_class_ids(class_ids, units)
         if len(ids) != len(outputs):
             raise ValueError(
                 "Arguments `outputs` and `class_ids` must have the same length. "
@@ -222,12 +232,14 @@ class Predictions:
         ops = keras.ops
         classes = targets.num_classes(outputs.shape[-1])
         predicted = predicted_class(outputs, self.from_logits)
-        correct = ops.where(predicted == class_ids, sample_weight, 0.0)
-        none = ops.where(predicted == classes, sample_weight, 0.0)
+        weights = {
+            "labels": sample_weight,
+            "correct": ops.where(predicted == class_ids, sample_weight, 0.0),
+            "none": ops.where(predicted == classes, sample_weight, 0.0),
+        }
         return {
-            "labels": ops.segment_sum(sample_weight, class_ids, num_segments=classes),
-            "correct": ops.sum(correct),
-            "none": ops.sum(none),
+            name: ops.segment_sum(weight, class_ids, num_segments=classes)
+            for name, weight in weights.items()
         }
 
     def _log_probability(self, outputs, class_ids):
@@ -293,7 +305,7 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
     # weights are rounded.
     if labels.sum() * (1 + 1e-6) >= 5 * np.count_nonzero(labels) ** 2:
         return result
-    return _by_bound(result, labels, np.trace(counts), counts[-1].sum())
+    return _by_bound(result, labels, np.diagonal(counts), counts[-1])
 
 
 def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Information:
@@ -323,15 +335,23 @@ def _by_bound(result, labels, correct, none) -> Information:
 def _fano(labels, correct, none, entropy):
     """Fano's lower bound on the information, and its standard error (delta method)."""
     classes, samples = len(labels), max(labels.sum(), 1.0)
-    # Without a prediction nothing is known: up to log K is missing in such rows.
-    error = np.clip(1.0 - correct / max(labels.sum() - none, 1.0), 0.0, 1.0)
-    none = none / samples
+    predicted = labels - none
+    error = 1.0 - correct.sum() / max(predicted.sum(), 1.0)
+    error = np.clip(error, 0.0, 1.0)
     binary = float(information.entropy(np.array([error, 1.0 - error])))
     missing = binary + error * np.log(classes - 1)
-    value = entropy - none * np.log(classes) - (1.0 - none) * missing
+    # Without a prediction nothing is known: up to log K is missing in such rows.
+    nothing = none.sum() / samples
+    value = entropy - nothing * np.log(classes) - (1.0 - nothing) * missing
     inner = np.clip(error, 1.0 / samples, 1.0 - 1.0 / samples)
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
-    stderr = abs(slope) * np.sqrt(inner * (1.0 - inner) / samples)
+    # H(Y) varies with the sample too, and with its errors where they are in some
+    # classes more than in others.
+    labels, wrong = labels / samples, (predicted - correct) / samples
+    surprise = -np.log(np.where(labels > 0, labels, 1.0))
+    variance = slope**2 * inner * (1.0 - inner) + labels @ (surprise - entropy) ** 2
+    variance -= 2.0 * slope * (wrong @ (surprise - entropy))
+    stderr = np.sqrt(max(variance, 0.0) / samples)
     return float(np.clip(value, 0.0, entropy)), float(stderr)
 
 
@@ -367,12 +387,9 @@ def scaled(state: dict, scale: float = 1.0) -> dict:
 
 
 def tally(state: dict):
-    """Weights of the labels of each class, of correct rows, of rows not predicted."""
+    """For each class the weights of all its rows, the correct, those not predicted."""
     if "counts" not in state:
         return state["labels"], state["correct"], state["none"]
     counts = state["counts"]
-    return (
-        counts.sum(axis=-2),
-        np.trace(counts, axis1=-2, axis2=-1),
-        counts[..., -1, :].sum(-1),
-    )
+    correct = np.diagonal(counts, axis1=-2, axis2=-1)
+    return counts.sum(axis=-2), correct, counts[..., -1, :]

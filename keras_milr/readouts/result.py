@@ -16,7 +16,8 @@ class Information(NamedTuple):
         raw: The plug-in estimate from the counts, without any correction.
         entropy: H(Y), the entropy of the labels: the most there is to know.
         null: What `raw` would be on average if reading and class were independent.
-        stderr: Standard error of `value` over samples.
+        stderr: Standard error of `value` over samples drawn independently; see
+            `information.standard_error` for where it holds.
         bound: H(Y) − CE, a second lower bound of the accessible information, from
             the cross-entropy of predicted probabilities; at least 0. NaN where the
             outputs are not probabilities.

@@ -49,7 +49,7 @@ class UnitHistogram:
 
     def __init__(self, bins: int = 16, reduce: str | None = "mean"):
         check_integer("bins", bins, at_least=2)
-        if reduce not in _REDUCTIONS:
+        if not isinstance(reduce, str | None) or reduce not in _REDUCTIONS:
             raise ValueError(
                 f"Argument `reduce` must be one of {_REDUCTIONS}. "
                 f"Received: reduce={reduce!r}"
@@ -87,7 +87,16 @@ class UnitHistogram:
         ids, weight = feature.checked_samples(
             features, class_ids, num_classes, sample_weight
         )
-        at = edges(features, weight, self.bins)
+        # More bins than samples cut no finer.
+        bins, num_classes = max(2, min(int(self.bins), len(ids))), int(num_classes)
+        cells = features.shape[1] * (bins + 2) * num_classes
+        if cells > np.iinfo("int32").max:
+            raise ValueError(
+                "Argument `features` must have fewer units, bins or classes: their "
+                f"tables have {cells} cells, more than 2^31. "
+                f"Received: features.shape={tuple(features.shape)}"
+            )
+        at = edges(features, weight, bins)
         weight = weight if np.any(weight != 1.0) else None
         tables = counts(features, at, ids, weight, num_classes)
         value = information.mutual_information(tables, "miller_madow")

@@ -424,6 +424,16 @@ def test_serialises():
     assert (again.sketch, again.seed) == (77, 5)
 
 
+def test_integers_of_numpy():
+    x, labels = layer(n=200, width=150)
+    expected = LinearReadout(sketch=70).measure(x, labels, 10)
+    readout = LinearReadout(sketch=np.int8(70))
+    assert readout.measure(x, labels, np.uint64(10)) == expected
+    expected = readouts.UnitHistogram(bins=100).measure(x, labels, 10)
+    readout = readouts.UnitHistogram(bins=np.int8(100))
+    assert readout.measure(x, labels, np.uint64(10)) == expected
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
@@ -451,7 +461,9 @@ class TestBadInput:
             ({"class_ids": np.full(30, -1)}, r"whole numbers in \[0, 3\)"),
             ({"class_ids": np.full(30, 0.5)}, r"whole numbers in \[0, 3\)"),
             ({"class_ids": np.array(["a"] * 30)}, "labels must be numbers"),
+            ({"class_ids": [[0, 1], [2]]}, "`class_ids`: "),
             ({"num_classes": 1}, "`num_classes` must be an integer, at least 2"),
+            ({"num_classes": 10**9}, "`num_classes` must be .* at most 46340"),
             ({"sample_weight": np.ones(31)}, r"same length.*30, 30 and \(31,\)"),
             ({"sample_weight": np.ones((30, 1))}, r"`sample_weight` one axis"),
             ({"sample_weight": -np.ones(30)}, r"not negative.* 30 bad .*-1\.0"),
@@ -469,6 +481,12 @@ class TestBadInput:
         readout.read(**arguments)
         with pytest.raises(ValueError, match=message):
             readout.read(**(arguments | changes))
+
+    @pytest.mark.parametrize("readout", [LinearReadout(), readouts.UnitHistogram()])
+    @pytest.mark.parametrize("activations", [[], "a", None, {"a": 1}, [[1], [2, 3]]])
+    def test_absurd_activations(self, readout, activations):
+        with pytest.raises(ValueError, match="`activations` must"):
+            readout.measure(activations, [0, 1], 2)
 
     def test_number_instead_of_activations(self):
         with pytest.raises(ValueError, match=r"`activations` must be .* a number"):

@@ -205,6 +205,20 @@ class TestManyClasses:
         slope = np.log((1 - error) * (classes - 1) / error)
         assert info.stderr == pytest.approx(slope * np.sqrt(error * (1 - error) / n))
 
+    def test_error_of_fano_with_uneven_classes(self):
+        """The delta method by hand: sample by sample, of H(Y) and of the error rate."""
+        rng = np.random.default_rng(0)
+        labels = np.minimum(rng.geometric(0.1, 3000) - 1, 39)
+        wrong = (labels + rng.integers(1, 40, 3000)) % 40
+        predicted = np.where(rng.random(3000) < 0.02 * (labels + 1), wrong, labels)
+        info = readouts.Predictions().measure(np.eye(40)[predicted] - 1.0, labels, 40)
+        assert info.estimator == "fano"
+        error = np.mean(predicted != labels)
+        slope = np.log((1 - error) * 39 / error)
+        each = -np.log((np.bincount(labels) / 3000)[labels])
+        each = each - slope * (predicted != labels)
+        assert info.stderr == pytest.approx(np.std(each) / np.sqrt(3000), rel=1e-6)
+
 
 def test_serialises():
     readout = readouts.Predictions(from_logits=True)
@@ -234,3 +248,34 @@ def test_null_and_raw_come_from_the_same_table():
     table = information.contingency(outputs.argmax(axis=1), labels, 3, 3)
     info = readouts.Predictions().measure(outputs, labels, 3)
     assert info.null == pytest.approx(float(information.null_level(table)))
+
+
+@pytest.mark.parametrize("units", [1, 2, 3])
+def test_logits_near_the_end_of_float32(units):
+    """The square of the surprise would overflow, and its error be NaN."""
+    labels = np.arange(60) % max(units, 2)
+    outputs = np.zeros((60, units))
+    outputs[0, 0], outputs[1, 0] = (3e38, -3e38) if units == 1 else (-3e38, 3e38)
+    readout = readouts.Predictions(from_logits=True)
+    info = readout.measure(outputs, labels, max(units, 2))
+    assert np.isfinite(info[:-1]).all()
+    assert info.bound == 0
+    assert info.cross_entropy > 1e12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": [[1, 2], [3]]}, "`outputs` must be an array of real numbers"),
+        ({"outputs": "a"}, "`outputs` must be an array of real numbers"),
+        ({"outputs": np.zeros((2, 0))}, r"`outputs` must have shape \(n, 2\)"),
+        ({"class_ids": [[1, 2], [3]]}, "`class_ids`"),
+        ({"class_ids": 1}, "`class_ids`: The labels must be class ids"),
+        ({"num_classes": np.ones(2)}, "`num_classes` must be an integer"),
+        ({"num_classes": "2"}, "`num_classes` must be an integer"),
+    ],
+)
+def test_absurd_input(changes, message):
+    arguments = {"outputs": np.eye(2), "class_ids": [0, 1], "num_classes": 2}
+    with pytest.raises((TypeError, ValueError), match=message):
+        readouts.Predictions().measure(**(arguments | changes))

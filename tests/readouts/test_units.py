@@ -283,6 +283,8 @@ def test_bad_input():
         UnitHistogram(bins=None)
     with pytest.raises(ValueError, match=r"`reduce` must be one of .*'sum'"):
         UnitHistogram(reduce="sum")
+    with pytest.raises(ValueError, match="`reduce` must be one of"):
+        UnitHistogram(reduce=np.array(["mean", "max"]))
     readout = UnitHistogram()
     with pytest.raises(ValueError, match=r"whole numbers in \[0, 3\)"):
         readout.measure(x, labels, 3)
@@ -290,3 +292,21 @@ def test_bad_input():
         readout.measure(x, labels[1:], 5)
     with pytest.raises(ValueError, match=r"`features` must have shape \(n, features\)"):
         readout.read(x[:, 0], labels, 5)
+
+
+def test_bins_without_end():
+    """More than there are samples cut no finer, and are not waited for."""
+    x, labels = layer(n=40)
+    enough = UnitHistogram(bins=40, reduce=None).measure(x, labels, 5)
+    for bins in (41, 10**9, 10**30):
+        info = UnitHistogram(bins, reduce=None).measure(x, labels, 5)
+        np.testing.assert_array_equal(info.value, enough.value)
+    single = UnitHistogram(bins=16).measure(x[:1], labels[:1], 5)
+    assert single.value == single.entropy == 0
+
+
+def test_tables_beyond_the_range_of_int32():
+    """Cells would be numbered wrongly, and the wrong ones counted."""
+    x = np.zeros((2, 30_000), "float32")
+    with pytest.raises(ValueError, match="`features` must have fewer units"):
+        UnitHistogram().measure(x, [0, 1], 40_000)
