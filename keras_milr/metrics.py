@@ -236,6 +236,15 @@ class MetricTable:
         self._read = self._read if total is None else total
         return readouts.from_counts(counts)
 
+    def state(self) -> dict:
+        """What is not in the metric's variables."""
+        return {"validation": self._validation, "unread": np.asarray(self._unread)}
+
+    def resume(self, state: dict):
+        """Goes on from a state."""
+        self._validation = state["validation"]
+        self._unread = np.asarray(state["unread"])
+
     def _counts(self):
         if self._metric.counts is None:  # Not used yet.
             return np.zeros((3, 2))
