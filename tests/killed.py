@@ -34,7 +34,12 @@ _BEGIN, _END = 0, 1
 
 
 class Spoil(keras.callbacks.Callback):
-    """Spoils the weights at the beginning of epochs, in the same way each time."""
+    """Spoils the weights in some epochs, in the same way each time.
+
+    Args:
+        poisoned: Epochs that begin with weights that are not finite.
+        disturbed: Epochs near whose end noise is added to the weights.
+    """
 
     def __init__(self, poisoned=(), disturbed=()):
         super().__init__()
@@ -42,11 +47,15 @@ class Spoil(keras.callbacks.Callback):
         self.disturbed = disturbed
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
         kernel = self.model.layers[-1].kernel
         if epoch in self.poisoned:
             kernel.assign(np.full(kernel.shape, np.nan))
-        if epoch in self.disturbed:
-            noise = np.random.default_rng(epoch).normal(0, 1.5, kernel.shape)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.epoch in self.disturbed and batch == 27:  # Of 29.
+            kernel = self.model.layers[-1].kernel
+            noise = np.random.default_rng(self.epoch).normal(0, 0.5, kernel.shape)
             kernel.assign_add(noise.astype("float32"))
 
 
@@ -57,12 +66,12 @@ SETTINGS = {
     "auto": ({"learning_rate": "auto"}, 0.1, {}),
     # To the start; then to a good reading that is not the last one.
     "rollback": (
-        {},
-        *(3e-4, {"poisoned": (1, 6), "disturbed": (5,)}),
+        {"policy": "relative"},
+        *(2e-3, {"poisoned": (1, 6), "disturbed": (5,)}),
     ),
     "metric": ({"probe_data": None, "update_freq": 10}, 3e-3, {}),
     "batches": ({"update_freq": 10}, 3e-3, {"poisoned": (3,)}),
-    "checkpoint": ({}, 3e-3, {"poisoned": (4,)}),
+    "checkpoint": ({}, 3e-3, {"poisoned": (6,), "disturbed": (5,)}),
 }
 
 
