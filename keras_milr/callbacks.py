@@ -125,13 +125,13 @@ class MutualInformationLR(keras.callbacks.Callback):
             next. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
-            had been known, when the training fails: the loss or the weights are not
-            finite, or, with a probe, the output is worse than the same guess for
-            every sample after it was better, or does not depend on the input any
-            more. A model with batch normalisation only counts as failed by its output
-            if its training loss is no better than a guess, 0.9 H(Y), since the averages
-            lag behind. Each time warns; after the tenth the training stops.
-            Defaults to `True`.
+            had been known, when the training fails: the loss, the weights or the
+            optimizer's state are not finite, or, with a probe, the output is worse than
+            the same guess for every sample after it was better, or does not depend on
+            the input any more. A model with batch normalisation only counts as failed
+            by its output if its training loss is no better than a guess, 0.9 H(Y),
+            since the averages lag behind. Each time warns; after the tenth the training
+            stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.

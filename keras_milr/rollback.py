@@ -60,14 +60,15 @@ class Rollback:
             output: `Information` at the output.
             loss: The training loss.
         """
-        weights_finite = all(
-            bool(keras.ops.all(keras.ops.isfinite(v)))
-            for v in self._model.trainable_variables
-        )
+        weights_finite = _are_finite(self._model.trainable_variables)
         # A loss scale skips the steps that are not finite, by design.
         scaled = isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer)
         if not weights_finite or not (scaled or math.isfinite(loss)):
             return "the loss or the weights are not finite"
+        # Of a gradient whose square overflows, Adam keeps an infinite average: the
+        # weights are what they were, and never change again.
+        if not _are_finite(self._model.optimizer.variables):
+            return "the optimizer's state is not finite"
         if self._best is None:
             return None
         # Statistics of batch normalisation lag behind the weights for some hundred
@@ -165,6 +166,14 @@ class Rollback:
     def _values(self):
         # Copies: the array may be a view of the memory that is trained in.
         return [keras.ops.convert_to_numpy(v).copy() for v in self._variables()]
+
+
+def _are_finite(variables):
+    return all(
+        bool(keras.ops.all(keras.ops.isfinite(v)))
+        for v in variables
+        if keras.backend.is_float_dtype(v.dtype)
+    )
 
 
 def _replaced(present, arrays, name):

@@ -301,6 +301,8 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 each = -(-arguments.kills // len(arguments.settings))
                 kills = min(each, arguments.kills - total)
+                if kills == 0:
+                    return
                 result = run(setting, Path(folder), kills, rng)
             total += len(result["killed_in"])
             print(json.dumps(result), flush=True)
