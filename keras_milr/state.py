@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import warnings
+import zlib
 
 import keras
 import numpy as np
@@ -19,11 +20,6 @@ from keras_milr import _keras
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
 _VERSION = 1
-_KEYS = {
-    *("format", "version", "settings", "epoch", "first_epoch", "since_reading"),
-    *("iterations", "trained", "max_lr", "lr_range", "controller", "rates", "table"),
-    *("rollback", "history"),
-}
 
 
 class State:
@@ -34,12 +30,17 @@ class State:
     """
 
     def __init__(self):
-        self.resumes = False  # Whether there is a state to go on from.
         self._model = self._backup = None
         self._restorable = False
-        self._found = None  # What is to be resumed, as of `read`.
+        # What is to be resumed, as of `read`: by the user, by a backup.
+        self._loaded = self._restored = None
         self._noted = None  # The state without its marks, and a `Rollback` or None.
         self._rider = _Rider(self._content, self._on_loaded)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._loaded is not None or self._restored is not None
 
     def begin(self, callback):
         """To be called in `on_train_begin`, before a backup is restored.
@@ -47,7 +48,8 @@ class State:
         Raises:
             ValueError: for an order of callbacks in which backups lack the state.
         """
-        self._model, self._noted = callback.model, None
+        self._model = callback.model
+        self._noted = self._restored = None
         callbacks = _keras.callbacks_of_caller()
         self._backup = _backup_behind(callback, callbacks or [])
         # Without a list of callbacks, in a loop of one's own, anybody may restore.
@@ -96,7 +98,7 @@ class State:
                 "MutualInformationLR was part of `fit`, and after its first reading. "
                 f"Received: path={path!r}, which has no state of one"
             )
-        self._found, self.resumes = found, True
+        self._loaded = found
 
     def start(self):
         """To be called in the first `on_epoch_begin`: what is loaded later is not ours.
@@ -120,8 +122,8 @@ class State:
         Raises:
             ValueError: for a state of another training, model or epoch.
         """
-        (content, arrays), self._found = self._found, None
-        self.resumes = False
+        content, arrays = self._restored or self._loaded
+        self._loaded = self._restored = None
         start = "The state that MutualInformationLR is to resume"
         if content["settings"] != settings:
             raise ValueError(
@@ -154,9 +156,8 @@ class State:
         arrays = {}
         if with_weights and rollback is not None:
             arrays = rollback.changed(kept[1])
-        marks = {"format": _FORMAT, "version": _VERSION}
-        marks["iterations"] = self._iterations()
-        return marks | content | {"rollback": kept and kept[0]}, arrays
+        content = content | {"rollback": kept and kept[0]}
+        return _marked(content | {"iterations": self._iterations()}), arrays
 
     def _iterations(self):
         return int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
@@ -164,7 +165,7 @@ class State:
     def _on_loaded(self, found):
         if not self._restorable:
             return
-        self._found, self.resumes = found, found is not None
+        self._restored = found
         if found is None and self._backup is not None:
             warnings.warn(
                 "MutualInformationLR: the backup has no state of it. The weights are "
@@ -316,6 +317,11 @@ def _epoch_in(metadata):
         return None  # Cut off, or not there yet.
 
 
+def _marked(content):
+    content = {"format": _FORMAT, "version": _VERSION} | content
+    return content | {"checksum": zlib.crc32(_encode(content).encode())}
+
+
 def _encode(state):
     return json.dumps(state, default=lambda value: value.tolist())
 
@@ -332,10 +338,13 @@ def _decoded(entry, path):
 
 
 def _checked(state, path):
-    ours = isinstance(state, dict) and state.get("format") == _FORMAT
-    if not ours or set(state) != _KEYS or state["version"] != _VERSION:
-        received = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise _no_state(path, received)
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise _no_state(path, f"no {_FORMAT!r}")
+    if state.get("version") != _VERSION:
+        raise _no_state(path, f"version {state.get('version')}, not {_VERSION}")
+    content = {name: value for name, value in state.items() if name != "checksum"}
+    if _marked(content) != state:
+        raise _no_state(path, "another content than was written")
     return state
 
 

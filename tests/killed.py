@@ -272,7 +272,9 @@ def run(setting, folder, kills, rng):
     shutil.rmtree(alone)
     hit = []
     while len(hit) < kills:
-        moment = rng.choice([m for m in MOMENTS if durations[m]])
+        moments = [m for m in MOMENTS if durations[m]]
+        rare = [3 if len(durations[m]) < 3 else 1 for m in moments]
+        (moment,) = rng.choices(moments, rare)
         number = rng.randint(1, min(3, len(durations[moment])))
         delay = rng.uniform(0, max(durations[moment][-3:]))
         found = kill(*start(setting, folder, output), moment, number, delay)

@@ -77,9 +77,10 @@ def assert_usable(model, callback, data):
     assert "_keras_milr" not in vars(model)
 
 
-@pytest.mark.parametrize("update_freq", ["epoch", 7])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize(("optimizer", "layers"), [("sgd", None), ("adam", "all")])
+@pytest.mark.parametrize(
+    ("optimizer", "layers", "update_freq"), [("sgd", None, "epoch"), ("adam", "all", 7)]
+)
 def test_gradients_that_are_nan_or_explode(
     optimizer, layers, value, update_freq, digits
 ):
@@ -116,11 +117,15 @@ class Raises(keras.callbacks.Callback):
             raise self.error
 
 
-@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize(
-    "hook", ["on_epoch_begin", "on_train_batch_end", "on_epoch_end"]
+    ("hook", "error", "first"),
+    [
+        ("on_epoch_begin", RuntimeError("theirs"), True),
+        ("on_train_batch_end", KeyboardInterrupt(), False),
+        ("on_epoch_end", RuntimeError("theirs"), True),
+        ("on_epoch_end", KeyboardInterrupt(), False),
+    ],
 )
-@pytest.mark.parametrize("error", [RuntimeError("theirs"), KeyboardInterrupt()])
 def test_a_callback_of_somebody_else_that_raises(error, hook, first, digits):
     model, callback = make_model(), make_callback(digits)
     order = [Raises(hook, error), callback]
@@ -266,8 +271,7 @@ class FullDisk(keras.callbacks.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
 
 
-@pytest.mark.parametrize("size", [4096, 30_000])
-def test_a_disk_that_is_full_while_saving(size, tmp_path, digits):
+def test_a_disk_that_is_full_while_saving(tmp_path, digits):
     def start(folder, *others):
         keras.utils.set_random_seed(0)
         model, callback = make_model(), make_callback(digits)
@@ -277,7 +281,7 @@ def test_a_disk_that_is_full_while_saving(size, tmp_path, digits):
 
     model, expected, run = start(tmp_path / "other")
     run()
-    model, callback, run = start(tmp_path / "backup", FullDisk(2, size))
+    model, callback, run = start(tmp_path / "backup", FullDisk(2, 4096))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError, match=r"File too large|[Uu]nable to|write failed"):
