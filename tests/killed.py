@@ -17,6 +17,7 @@ import random
 import select
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -160,22 +161,52 @@ def rates(callback, model):
 
 # ------------------------------------------------------------------ with real kills
 
-MOMENTS = ("epoch", "reading", "range test", "roll back", "save")
+MOMENTS = ("epoch", "save", "reading", "range test", "roll back")
+# A clock hits those that are long. The others are killed at one of the calls of
+# functions that are made in them.
+TIMED = MOMENTS[:2]
+_MESSAGE = struct.Struct("<BBI")  # Moment, whether it ends, calls that were made in it
 
 
-def announcing(pipe, function, moment):
+def announcing(pipe, function, moment, target):
+    """The function, which tells when it begins and ends, and is killed in a call.
+
+    Args:
+        pipe: Where it tells.
+        function: The function.
+        moment: Of `MOMENTS`.
+        target: Moment, which of that kind, and number of the call; or None.
+    """
+    number, seen = MOMENTS.index(moment), 0
+
     def announced(*args, **kwargs):
-        os.write(pipe, bytes([MOMENTS.index(moment), _BEGIN]))
+        nonlocal seen
+        seen, calls = seen + 1, 0
+
+        def count(frame, event, arg):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+            if (moment, seen, calls) == target:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.write(pipe, _MESSAGE.pack(number, _BEGIN, 0))
+        if moment not in TIMED:
+            sys.setprofile(count)
         try:
             return function(*args, **kwargs)
         finally:
-            os.write(pipe, bytes([MOMENTS.index(moment), _END]))
+            sys.setprofile(None)
+            os.write(pipe, _MESSAGE.pack(number, _END, calls))
 
     return announced
 
 
-def start(setting, folder, output):
+def start(setting, folder, output, target=None):
     """Forks a process that trains. Returns its id and the pipe that it tells on."""
+
+    def telling(function, moment):
+        return announcing(pipe, function, moment, target)
+
     reader, pipe = os.pipe()
     process = os.fork()
     if process:
@@ -185,21 +216,18 @@ def start(setting, folder, output):
     try:
 
         def watch(callback):
-            callback._measure = announcing(pipe, callback._measure, "reading")
+            callback._measure = telling(callback._measure, "reading")
 
-        callbacks.lr_range_test = announcing(
-            pipe, callbacks.lr_range_test, "range test"
-        )
-        restore = announcing(pipe, rollback.Rollback.restore, "roll back")
-        rollback.Rollback.restore = restore
+        callbacks.lr_range_test = telling(callbacks.lr_range_test, "range test")
+        rollback.Rollback.restore = telling(rollback.Rollback.restore, "roll back")
         for keeper in (
             keras.callbacks.BackupAndRestore,
             keras.callbacks.ModelCheckpoint,
         ):
-            keeper._save_model = announcing(pipe, keeper._save_model, "save")
+            keeper._save_model = telling(keeper._save_model, "save")
         epochs = keras.callbacks.LambdaCallback(
-            on_epoch_begin=lambda *_: os.write(pipe, bytes([0, _BEGIN])),
-            on_epoch_end=lambda *_: os.write(pipe, bytes([0, _END])),
+            on_epoch_begin=lambda *_: os.write(pipe, _MESSAGE.pack(0, _BEGIN, 0)),
+            on_epoch_end=lambda *_: os.write(pipe, _MESSAGE.pack(0, _END, 0)),
         )
         result = rates(*train(setting, folder, epochs, watch=watch))
         output.write_text(json.dumps(result))
@@ -210,49 +238,53 @@ def start(setting, folder, output):
 
 
 def messages(reader, seconds=120):
-    """(time, moment, whether it ends) as they are told, until the process is gone."""
+    """Moment, whether it ends, and calls, until the process that tells is gone."""
     deadline = time.monotonic() + seconds
     while select.select([reader], [], [], max(deadline - time.monotonic(), 0))[0]:
-        told = os.read(reader, 2)
+        told = os.read(reader, _MESSAGE.size)
         if not told:
             return
-        yield time.monotonic(), MOMENTS[told[0]], told[1] == _END
+        number, ends, calls = _MESSAGE.unpack(told)
+        yield MOMENTS[number], ends == _END, calls
     raise TimeoutError(f"a training did not end in {seconds} s")
 
 
 def finish(process, reader):
-    """Lets a training come to its end; how long it was in each moment."""
-    durations, begun = collections.defaultdict(list), {}
-    for now, moment, ends in messages(reader):
+    """Lets a training come to its end.
+
+    Returns:
+        From each moment to how long it took, each time: in seconds or in calls.
+    """
+    lengths, begun = collections.defaultdict(list), {}
+    for moment, ends, calls in messages(reader):
         if not ends:
-            begun[moment] = now
+            begun[moment] = time.monotonic()
         elif moment in begun:
-            durations[moment].append(now - begun.pop(moment))
+            seconds = time.monotonic() - begun.pop(moment)
+            lengths[moment].append(seconds if moment in TIMED else calls)
     os.close(reader)
     _, status = os.waitpid(process, 0)
     if status != 0:
         raise RuntimeError(f"a training ended with status {status}")
-    return durations
+    return lengths
 
 
 def kill(process, reader, moment, number, delay):
-    """Kills a training some time after the beginning of a moment.
+    """Kills a training some time after the beginning of a moment, if it has a clock.
 
     Returns:
         The innermost moment that it was in, or None where it came to its end before.
     """
-    inside, killed, seen = [], False, 0
-    for _, told, ends in messages(reader):
+    inside, seen = [], 0
+    for told, ends, _ in messages(reader):
         if ends:
             inside = [one for one in inside if one != told]
-        else:
-            inside.append(told)
-        if not killed and not ends and told == moment:
-            seen += 1
-            if seen == number:
-                time.sleep(delay)
-                os.kill(process, signal.SIGKILL)
-                killed = True
+            continue
+        inside.append(told)
+        seen += told == moment
+        if moment in TIMED and told == moment and seen == number:
+            time.sleep(delay)
+            os.kill(process, signal.SIGKILL)
     os.close(reader)
     _, status = os.waitpid(process, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -266,18 +298,22 @@ def run(setting, folder, kills, rng):
     """One training, killed so many times, and the same when nobody kills it."""
     alone, output = folder / "alone", folder / "rates.json"
     alone.mkdir()
-    durations = finish(*start(setting, alone, output))
+    lengths = finish(*start(setting, alone, output))
     expected = json.loads(output.read_text())
     output.unlink()
     shutil.rmtree(alone)
     hit = []
     while len(hit) < kills:
-        moments = [m for m in MOMENTS if durations[m]]
-        rare = [3 if len(durations[m]) < 3 else 1 for m in moments]
-        (moment,) = rng.choices(moments, rare)
-        number = rng.randint(1, min(3, len(durations[moment])))
-        delay = rng.uniform(0, max(durations[moment][-3:]))
-        found = kill(*start(setting, folder, output), moment, number, delay)
+        moments = [m for m in MOMENTS if lengths[m]]
+        if not hit and moments[-1] in MOMENTS[-2:]:
+            moments = moments[-1:]  # Which are rare.
+        moment = rng.choice(moments)
+        number = rng.randint(1, min(3, len(lengths[moment])))
+        length, target = max(lengths[moment][-3:]), None
+        if moment not in TIMED:
+            target = moment, number, rng.randint(1, length)
+        process = start(setting, folder, output, target)
+        found = kill(*process, moment, number, rng.random() * length)
         if found is None:
             break  # It came to its end.
         hit.append(found)

@@ -75,6 +75,7 @@ def test_killed_at_random_moments():
     hit = [moment for training in trainings for moment in training["killed_in"]]
     print(f"{len(hit)} kills: { {moment: hit.count(moment) for moment in set(hit)} }")
     assert len(hit) >= KILLS
+    assert {"range test", "roll back"} <= set(hit)
     assert {training["setting"] for training in trainings} == set(settings)
     for training in trainings:
         assert_same(training["found"], training["expected"])
