@@ -268,11 +268,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._controller = self._rollback = None
         self.lr_range = None
         self._state.begin(self)
-        # An optimizer whose rate cannot be set is refused now.
-        rate = rates.base_rate(self.model)
-        if not self._is_auto() and self.learning_rate is not None:
-            rate = rate if self._state.resumes else self.learning_rate
-        rates.set_base(self.model, rate)
+        if self._is_auto():
+            # An optimizer whose rate cannot be set is refused now.
+            rates.set_base(self.model, rates.base_rate(self.model))
+        elif self.learning_rate is not None and not self._state.resumes:
+            rates.set_base(self.model, self.learning_rate)
         if self.probe_data is None:
             self._rates = rates.NetworkRate(self.model)
             self._table = MetricTable(self.model, self.monitor)

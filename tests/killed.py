@@ -237,7 +237,7 @@ def start(setting, folder, output, target=None):
         os._exit(code)
 
 
-def messages(reader, seconds=120):
+def messages(reader, seconds=300):
     """Moment, whether it ends, and calls, until the process that tells is gone."""
     deadline = time.monotonic() + seconds
     while select.select([reader], [], [], max(deadline - time.monotonic(), 0))[0]:
