@@ -4,10 +4,18 @@ Tested with Keras 3.12.4 and 3.15.1.
 """
 
 import contextlib
+import pathlib
+import sys
+import zipfile
 
 import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask
+from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
+
+# Base of all that is saved with a model; public are layers, metrics, losses and so on.
+Saveable = KerasSaveable
 
 
 def metrics(model) -> list:
@@ -49,6 +57,45 @@ def sublayers(layer) -> list:
 def all_layers(model) -> list:
     """Every layer inside a model, at any depth."""
     return model._flatten_layers(include_self=False)
+
+
+def saved_entry(path: str, name: str) -> dict:
+    """The arrays that a part of a model, an attribute, has saved in a file.
+
+    Public Keras reads them into a model only, which must have the same layers.
+    """
+    with contextlib.ExitStack() as stack:
+        if path.endswith(".keras"):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            store = saving_lib.H5IOStore("model.weights.h5", archive)
+        else:
+            store = saving_lib.H5IOStore(pathlib.Path(path))
+        stack.callback(store.close)
+        entry = store.get(name)
+        return {key: entry[key] for key in list(entry.keys())}
+
+
+def callbacks_of_caller() -> list | None:
+    """The callbacks of the `CallbackList` that is calling; None without one.
+
+    Public Keras tells a callback nothing of the others, nor of their order.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller.callbacks
+        frame = frame.f_back
+    return None
+
+
+def backup_paths(backup) -> tuple[str, str, str]:
+    """Files of a `BackupAndRestore`: weights, previous weights, metadata."""
+    return (
+        backup._weights_path,
+        backup._prev_weights_path,
+        backup._training_metadata_path,
+    )
 
 
 def scale_learning_rate(optimizer, multiplier):

@@ -1,6 +1,7 @@
 """The callback that sets the learning rate from mutual information."""
 
 import math
+import re
 import warnings
 
 import keras
@@ -17,11 +18,14 @@ from keras_milr._arguments import (
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
 from keras_milr.outputs import outputs_of, signature
-from keras_milr.range_test import lr_range_test
+from keras_milr.range_test import LRRange, lr_range_test
 from keras_milr.rollback import MOST, Rollback
+from keras_milr.state import State
 from keras_milr.targets import check_kind
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
+_INFORMATION = readouts.Information._fields
+_NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
 _LARGEST = float(np.finfo("float32").max)  # of a learning rate
 
 
@@ -65,8 +69,23 @@ class MutualInformationLR(keras.callbacks.Callback):
     `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
 
     In the list of callbacks it should stand before those that use these keys, before
-    `BackupAndRestore`, and before any that calls `evaluate` or changes weights; and
-    after those that set the rate too, whose rate it then takes up.
+    `BackupAndRestore` (which is checked), and before any that calls `evaluate` or
+    changes weights; and after those that set the rate too, whose rate it then takes up.
+
+    A training that was interrupted can be resumed, and its rates go on as if nothing
+    had happened. With `BackupAndRestore` by the same script; a kill while it saves is
+    survived with its `double_checkpoint=True`. Whatever else saves the model or its
+    weights during `fit`, such as `ModelCheckpoint`, saves the state of this callback
+    in the same file:
+
+    ```python
+    model = keras.models.load_model("checkpoint-07.keras")
+    callback.load_state("checkpoint-07.keras")
+    model.fit(x_train, y_train, initial_epoch=7, epochs=20, callbacks=[callback])
+    ```
+
+    While less than half of H(Y) is known, and after a reading that was worse than the
+    best, such a file also has the weights to roll back to.
 
     Example:
 
@@ -129,15 +148,14 @@ class MutualInformationLR(keras.callbacks.Callback):
             next. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
-            had been known, when the training fails: the loss or the weights are not
-            finite, or, with a probe, the output is worse than the same guess for
-            every sample after it was better, or does not depend on the input any
-            more; of continuous targets, only the latter. A model with batch
-            normalisation only counts as failed by its output if its training loss is no
-            better than a guess, 0.9 H(Y), since the averages lag behind, and not at all
-            where the loss is no cross-entropy. Each time warns; after the tenth the
-            training stops.
-            Defaults to `True`.
+            had been known, when the training fails: the loss, the weights or the
+            optimizer's state are not finite, or, with a probe, the output is worse than
+            the same guess for every sample after it was better, or does not depend on
+            the input any more; of continuous targets, only the latter. A model with
+            batch normalisation only counts as failed by its output if its training
+            loss is no better than a guess, 0.9 H(Y), since the averages lag behind, and
+            not at all where the loss is no cross-entropy. Each time warns; after the
+            tenth the training stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.
@@ -280,6 +298,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.verbose = verbose
         self.history = []
         self.lr_range = None
+        self._state = State()
         # Keras may call batch hooks from another thread unless told otherwise. With
         # readings after epochs ours only keeps count; in batches, order matters.
         self.async_safe = per_epoch
@@ -293,10 +312,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         self.history = []
         self._controller = self._rollback = None
         self.lr_range = None
+        self._state.begin(self)
         if self._is_auto():
             # An optimizer whose rate cannot be set is refused now.
             rates.set_base(self.model, rates.base_rate(self.model))
-        elif self.learning_rate is not None:
+        elif self.learning_rate is not None and not self._state.resumes:
             rates.set_base(self.model, self.learning_rate)
         if self.probe_data is None:
             self._rates = rates.NetworkRate(self.model)
@@ -317,7 +337,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 groups,
                 layer_readout,
             )
-        if not self._is_auto():
+        if not self._is_auto() and not self._state.resumes:
             check_bounds(self._rates.get(), self.min_lr, self.max_lr)
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -328,7 +348,12 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._table.begin_epoch()
         # Not in `on_train_begin`: a callback after this one may restore a backup there.
         if self._controller is None:
-            self._start(epoch)
+            self._state.start()
+            if self._state.resumes:
+                self._resume(epoch)
+            else:
+                self._start(epoch)
+        self._note_state(epoch)
 
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
@@ -341,6 +366,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._since_reading = 0
             self._trained = self._rates_now()
             self._update(logs, mid_epoch=True)
+            self._note_state(self._epoch)
 
     def on_test_begin(self, logs=None):
         if self._table is not None:
@@ -355,6 +381,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         logs["learning_rate"] = base
         if self.update_freq == "epoch":
             self._update(logs)
+        self._note_state(epoch + 1)
         if self._probe is None:
             return
         output, infos = self._last
@@ -367,11 +394,138 @@ class MutualInformationLR(keras.callbacks.Callback):
             logs[f"probe_mutual_information/{name}"] = info.value
 
     def on_train_end(self, logs=None):
+        self._state.end()
         self._probe = self._table = self._rollback = None  # Frees their memory.
+
+    def save_state(self, path):
+        """Saves what the next rates depend on, beside the model's weights.
+
+        Only needed for weights that are saved without Keras: a file of Keras that is
+        written during `fit` has the state in it. The weights to roll back to are not
+        saved; after a resume those of that moment are.
+
+        Args:
+            path: Path of the file, ending in `.json`. It is replaced as a whole.
+
+        Raises:
+            ValueError: before the first reading, and for a path with another ending.
+        """
+        self._state.save(path)
+
+    def load_state(self, path):
+        """Makes the next `fit` go on from a state, for a model with its weights.
+
+        `fit` then needs the `initial_epoch` that comes next. `BackupAndRestore` needs
+        none of this.
+
+        Args:
+            path: Path of a `.keras` or `.weights.h5` file that was saved during `fit`,
+                or of a file of `save_state`.
+
+        Raises:
+            ValueError: for a file without a state, or with one that is damaged; and in
+                `fit` for a state of another model, epoch or way to measure.
+        """
+        self._state.load(path)
+
+    def _note_state(self, epoch):
+        """Notes this moment, between two readings, as before the given epoch."""
+        content = {
+            "settings": self._settings(),
+            "epoch": epoch,
+            "first_epoch": self._first_epoch,
+            "since_reading": self._since_reading,
+            "max_lr": self._max_lr,
+            "lr_range": self.lr_range and self.lr_range._asdict(),
+            "controller": self._controller.state(),
+            "rates": self._rates.state(),
+            "table": self._table and self._table.state(),
+            "history": self.history.copy(),
+        }
+        self._state.note(content, self._rollback)
+
+    def _settings(self):
+        # Without the numbers of automatic names, which change from run to run.
+        names = self._rates.names and [
+            re.sub(r"_\d+", "", n) for n in self._rates.names
+        ]
+        return {
+            "source": "metric" if self.probe_data is None else "probe",
+            "layers": names,
+            "update_freq": self.update_freq,
+        }
+
+    def _resume(self, epoch):
+        """Goes on from a state, of which the model has the weights."""
+        per_epoch = self.update_freq == "epoch" and self._probe is not None
+        state, arrays, missing = self._state.take(epoch, self._settings(), per_epoch)
+        self._since_reading = state["since_reading"]
+        self._first_epoch = state["first_epoch"]
+        self.history = self._renamed(state["history"])
+        if state["lr_range"] is not None:
+            self.lr_range = LRRange.from_lists(state["lr_range"])
+        self._max_lr = state["max_lr"] if self.max_lr is None else self.max_lr
+        self._rates.resume(state["rates"])
+        self._controller = self._make_controller(state["controller"])
+        if self._table is None:
+            self._last = self._last_infos()
+        else:
+            self._table.resume(state["table"])
+        if self.rollback and state["rollback"] is not None:
+            self._rollback = Rollback(self.model)
+            self._rollback.resume(state["rollback"], arrays)
+        if self.verbose > 0:
+            _print(
+                f"MutualInformationLR resuming at epoch {epoch + 1}, with learning "
+                f"rate {rates.base_rate(self.model):.4g}."
+            )
+        if missing:
+            self._epoch, self._batch = epoch - 1, self.params.get("steps") or 0
+            self._update({})
+            self._epoch, self._batch = epoch, 0
+
+    def _renamed(self, history):
+        """The records of a history under the present names of the layers."""
+        names = self._rates.names
+        if not names:
+            return history
+        return [
+            {
+                key: dict(zip(names, value.values(), strict=True))
+                if isinstance(value, dict) and key not in _NOT_BY_LAYER
+                else value
+                for key, value in record.items()
+            }
+            for record in history
+        ]
+
+    def _last_infos(self):
+        """The last reading, as of `_measure`."""
+        record, names = self.history[-1], self._rates.names
+        infos = [
+            readouts.Information(
+                **{f: record[f][n] if names else record[f] for f in _INFORMATION}
+            )
+            for n in names or [None]
+        ]
+        output = readouts.Information(**record["output"]) if names else infos[0]
+        return output, infos
+
+    def _make_controller(self, resumed=None):
+        return Controller(
+            self._rates,
+            self._policy,
+            self.reference,
+            self.min_lr,
+            self._max_lr,
+            self._planned_steps(self._first_epoch),
+            self._noise,
+            resumed,
+        )
 
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
-        self._since_reading = 0
+        self._since_reading, self._first_epoch = 0, epoch
         max_lr = self.max_lr
         if self._is_auto():
             self._find_rate()
@@ -379,15 +533,8 @@ class MutualInformationLR(keras.callbacks.Callback):
                 # Beyond it a training learns less, though it may not fail.
                 scale = self._rates.get().max() / self.lr_range.best_lr
                 max_lr = scale * max(self.lr_range.peak_lr, self.min_lr)
-        self._controller = Controller(
-            self._rates,
-            self._policy,
-            self.reference,
-            self.min_lr,
-            max_lr,
-            self._planned_steps(epoch),
-            self._noise,
-        )
+        self._max_lr = max_lr
+        self._controller = self._make_controller()
         if self._probe is None:
             # A metric has counted nothing yet: nothing is known, of one bit.
             infos = [readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)]
@@ -513,7 +660,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         for name, value in reading._asdict().items():
             array = isinstance(value, np.ndarray)
             record[name] = by_name(value.tolist()) if array else value
-        for name in readouts.Information._fields:
+        for name in _INFORMATION:
             record[name] = by_name([getattr(info, name) for info in infos])
         if names:
             record["output"] = self._last[0]._asdict()

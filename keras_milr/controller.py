@@ -7,6 +7,7 @@ import numpy as np
 from keras_milr.policies import Reading
 
 _LARGEST = float(np.finfo("float32").max)
+_ARRAYS = ("start", "peak", "previous", "best")
 
 
 class Controller:
@@ -20,24 +21,35 @@ class Controller:
         max_lr: Upper bound of every rate, or None for `rates.ceiling`.
         steps: Number of readings planned, or None.
         noise: Function from an `Information` to the noise of its changes.
+        state: Of `state()`, where the training goes on. Defaults to `None`.
 
     Raises:
         ValueError: for a rate out of bounds at the start.
     """
 
-    def __init__(self, rates, policy, reference, min_lr, max_lr, steps, noise):
-        start = rates.get()
-        check_bounds(start, min_lr, max_lr)
+    def __init__(
+        self, rates, policy, reference, min_lr, max_lr, steps, noise, state=None
+    ):
         self.rates = rates
         self._policy = policy
         self._reference = reference
         self._bounds = min_lr, max_lr
         self._steps = steps
         self._noise = noise
-        self._start = self._peak = start
-        self._step = -1
-        self._rollbacks = 0
-        self._previous = self._best = None
+        if state is None:
+            self._start = self._peak = rates.get()
+            check_bounds(self._start, min_lr, max_lr)
+            self._previous = self._best = None
+            self._step, self._rollbacks = -1, 0
+        else:
+            for name in _ARRAYS:
+                setattr(self, f"_{name}", np.array(state[name]))
+            self._step, self._rollbacks = state["step"], state["rollbacks"]
+
+    def state(self) -> dict:
+        """What a policy is told, as far as it cannot be measured again."""
+        arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
+        return arrays | {"step": self._step, "rollbacks": self._rollbacks}
 
     def read(self, infos) -> Reading:
         """The reading that a policy is handed; `infos` has an entry for each rate.

@@ -332,6 +332,15 @@ class MetricTable:
             return readouts.from_counts(counts)
         return readouts.mean([readouts.from_counts(one) for one in _varied(counts)])
 
+    def state(self) -> dict:
+        """What is not in the metric's variables."""
+        return {"validation": self._validation, "unread": np.asarray(self._unread)}
+
+    def resume(self, state: dict):
+        """Goes on from a state."""
+        self._validation = state["validation"]
+        self._unread = np.asarray(state["unread"])
+
     def _counts(self):
         if self._metric.counts is None:  # Not used yet.
             return np.zeros((3, 2))

@@ -80,6 +80,13 @@ class LRRange(NamedTuple):
         """
         return plot_range(self)
 
+    @classmethod
+    def from_lists(cls, fields: dict):
+        """The result whose `_asdict()` has been through JSON."""
+        return cls(
+            **{k: np.array(v) if isinstance(v, list) else v for k, v in fields.items()}
+        )
+
 
 def lr_range_test(
     model,

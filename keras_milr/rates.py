@@ -41,6 +41,13 @@ class NetworkRate:
         """
         return 1000.0 * start.max()
 
+    def state(self) -> dict:
+        """What is not in the optimizer's variables."""
+        return {}
+
+    def resume(self, state: dict):
+        """Goes on from a state."""
+
 
 class LayerRates:
     """The learning rates of groups of layers: base × multiplier.
@@ -67,7 +74,7 @@ class LayerRates:
         multipliers = optimizer.multipliers
         for group in choose(model, layers):
             try:
-                members = {optimizer.layer_of(variable) for variable in group.variables}
+                members = [optimizer.layer_of(variable) for variable in group.variables]
             except KeyError as error:
                 raise ValueError(
                     "Argument `layers` must name layers that the optimizer trains: "
@@ -112,6 +119,18 @@ class LayerRates:
     def ceiling(self, start: np.ndarray) -> float:
         """The same; it moves with the base, which others warm up, and is nearer."""
         return 10.0 * base_rate(self._model) * self._highest
+
+    def state(self) -> dict:
+        # Names may change when a model is saved and loaded, their order does not.
+        shares = [list(shares.values()) for shares in self._shares]
+        return {"shares": shares, "highest": self._highest}
+
+    def resume(self, state: dict):
+        self._highest = state["highest"]
+        self._shares = [
+            dict(zip(shares, values, strict=True))
+            for shares, values in zip(self._shares, state["shares"], strict=True)
+        ]
 
     def _optimizer(self):
         optimizer = self._model.optimizer

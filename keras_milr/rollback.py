@@ -3,8 +3,10 @@
 import math
 
 import keras
+import numpy as np
 
-from keras_milr.untouched import has_statistics
+from keras_milr.readouts import Information
+from keras_milr.untouched import assign, has_statistics
 
 MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # share of H(Y)
@@ -28,6 +30,7 @@ class Rollback:
         self._start = self._good = (
             None  # What was read, and the weights it was read of.
         )
+        self._now = None  # What was read of the present weights.
         self.count = 0
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -39,6 +42,7 @@ class Rollback:
             output: `Information` at the output.
             infos: `Information` for each rate.
         """
+        self._now = infos
         if self._best is None:
             self._first = self._best = output
             self._start = self._good = infos, self._values()
@@ -56,14 +60,15 @@ class Rollback:
             output: `Information` at the output.
             loss: The training loss.
         """
-        weights_finite = all(
-            bool(keras.ops.all(keras.ops.isfinite(v)))
-            for v in self._model.trainable_variables
-        )
+        weights_finite = _are_finite(self._model.trainable_variables)
         # A loss scale skips the steps that are not finite, by design.
         scaled = isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer)
         if not weights_finite or not (scaled or math.isfinite(loss)):
             return "the loss or the weights are not finite"
+        # Of a gradient whose square overflows, Adam keeps an infinite average: the
+        # weights are what they were, and never change again.
+        if not _are_finite(self._model.optimizer.variables):
+            return "the optimizer's state is not finite"
         if self._best is None:
             return None
         # Statistics of batch normalisation lag behind the weights for some hundred
@@ -97,9 +102,61 @@ class Rollback:
             # Little was learned, at a rate that is far too high.
             factor, self._good, self._best = 0.1, self._start, self._first
         infos, values = self._good
-        for variable, value in zip(self._variables(), values, strict=True):
-            variable.assign(value)
+        assign(list(zip(self._variables(), values, strict=True)))
+        self._now = infos
         return infos, factor
+
+    def state(self) -> tuple[dict, dict]:
+        """What to resume with: a dict for JSON, and the values that are kept."""
+        kept = {"good": self._good, "start": self._start}
+        state = {
+            "count": self.count,
+            "first": self._first._asdict(),
+            "best": self._best._asdict(),
+            "now": [info._asdict() for info in self._now],
+        }
+        for name, pair in kept.items():
+            state[name] = pair and [info._asdict() for info in pair[0]]
+        return state, {name: pair[1] for name, pair in kept.items() if pair}
+
+    def changed(self, kept: dict) -> dict:
+        """Of lists of values, as of `state`, the arrays that differ from the present.
+
+        These are few: the last good weights are mostly the present ones.
+        """
+        now = self._values()
+        return {
+            f"{name}_{i}": value
+            for name, values in kept.items()
+            for i, (value, present) in enumerate(zip(values, now, strict=True))
+            if not np.array_equal(value, present)
+        }
+
+    def resume(self, state: dict, arrays: dict | None):
+        """Goes on from a state.
+
+        Args:
+            state: As of `state`.
+            arrays: As of `changed`, of the weights that the model has now. None where
+                they are not known: the present weights stand in for the kept ones.
+
+        Raises:
+            ValueError: for arrays of another model.
+        """
+        self.count = state["count"]
+        self._first, self._best = (Information(**state[k]) for k in ("first", "best"))
+        self._now = [Information(**info) for info in state["now"]]
+        present = self._values()
+        kept = {}
+        for name in ("good", "start"):
+            if state[name] is None:
+                kept[name] = None
+            elif arrays is None:
+                kept[name] = self._now, present
+            else:
+                infos = [Information(**info) for info in state[name]]
+                kept[name] = infos, _replaced(present, arrays, name)
+        self._good, self._start = kept["good"], kept["start"]
 
     def _half_is_known(self):
         return self._start is None or (
@@ -112,6 +169,25 @@ class Rollback:
     def _values(self):
         # Copies: the array may be a view of the memory that is trained in.
         return [keras.ops.convert_to_numpy(v).copy() for v in self._variables()]
+
+
+def _are_finite(variables):
+    return all(
+        bool(keras.ops.all(keras.ops.isfinite(v)))
+        for v in variables
+        if keras.backend.is_float_dtype(v.dtype)
+    )
+
+
+def _replaced(present, arrays, name):
+    values = [arrays.get(f"{name}_{i}", value) for i, value in enumerate(present)]
+    for value, other in zip(values, present, strict=True):
+        if value.shape != other.shape:
+            raise ValueError(
+                "The state that MutualInformationLR is to resume is of another model. "
+                f"Received: weights of shape {value.shape}, expected {other.shape}"
+            )
+    return values
 
 
 def collapse(now, best, first) -> str | None:

@@ -64,8 +64,7 @@ def untouched(model, settle: int | None = None):
     momentum = [(layer, layer.momentum) for layer in _normalisations(model)]
 
     def restart():
-        for variable, value in (*variables, *slots):
-            variable.assign(value)
+        assign(variables + slots)
 
     with _keras.set_aside(model, optimizer):
         metrics = [
@@ -80,8 +79,27 @@ def untouched(model, settle: int | None = None):
             for layer, value in momentum:
                 layer.momentum = value
             model.reset_metrics()  # Those that were built only now.
-            for variable, value in (*variables, *metrics):
+            assign(variables + metrics)
+
+
+def assign(pairs):
+    """Sets variables to values, all of them: an interrupt has to wait.
+
+    Half of one state and half of another is none that a model was ever in.
+
+    Args:
+        pairs: List of (variable, value).
+    """
+    interrupt = None
+    while True:
+        try:
+            for variable, value in pairs:
                 variable.assign(value)
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def has_statistics(model) -> bool:
