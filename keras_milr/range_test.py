@@ -25,6 +25,7 @@ _MOST_STEPS = 1_000_000  # of a candidate, where it is
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
 _NEGLIGIBLE = 0.01  # share of H(Y)
+_GUESS = 1.05  # of H(Y): the loss where about the shares of the classes are known
 _COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
 
@@ -118,7 +119,7 @@ def lr_range_test(
 
     `best_lr` is half a decade below the rate with the most information. What is fastest
     for a few steps is often too fast for a whole training. Where a few steps move the
-    information at no rate, it is the lowest that fits the shares of the classes.
+    information at no rate, it is the optimizer's own, and a warning says so.
 
     All trainings together take no more steps than one epoch, unless `steps` or
     `max_steps` ask for more. Each is also read once, which is a prediction of at most
@@ -279,6 +280,7 @@ class _Trial:
                     "0: the rate of a layer is a multiple of it. "
                     f"Received: learning_rate={rates.base_rate(model)}"
                 )
+        self.own_rate = float(self._rates.get().max())
         self._probe = probe.Probe(model, sample)
         if has_statistics(model):
             # As they will be after the training, which alone shall make a difference.
@@ -321,10 +323,11 @@ class _Trial:
         """Whether most of what was known at a lower rate, or at the start, is lost.
 
         With the loss of a constant predictor, H(Y), or a higher one. Where something is
-        still known, or training had added nothing so far, the loss has to be worse than
-        before too: predictions that become less sure of what is wrong pass through a
-        state with less information on their way to learning. Where nothing was known
-        there is nothing to lose, and the loss has to be far beyond.
+        still known, or training had added nothing so far, or not even the shares of
+        the classes were known, the loss has to be worse than before too: predictions
+        that become less sure of what is wrong pass through a state with less
+        information on their way to learning. Where nothing was known there is nothing
+        to lose, and the loss has to be far beyond.
         """
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
@@ -333,7 +336,8 @@ class _Trial:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
         limit = 0.95 * entropy
         added = known > 1.1 * self.start.info.accessible
-        if not added or row.info.accessible > 0.1 * known:
+        lucky = best.loss > _GUESS * entropy
+        if lucky or not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
         return row.info.accessible < known / 2 and not row.loss < limit
@@ -400,26 +404,30 @@ def _moved(trial):
 
 
 def _best(trial):
-    """The row with the most information.
+    """The row with the most information, or with the lowest loss where none moved.
 
     Of rows that have as much but for a tenth of what was gained, the one with the
-    lowest loss, which is less coarse. Where nothing moved the information at all, the
-    steps have learned how frequent the classes are, if anything; that says which rates
-    are too low, and of the others it prefers the highest, whatever they do later. So
-    the lowest rate of about the lowest loss.
+    lowest loss, which is less coarse.
     """
-    rows = _moved(trial)
+    rows = _fast_enough(_moved(trial), trial)
     if rows:
         most = max(row.info.accessible for row in rows)
         least = most - 0.1 * (most - trial.start.info.accessible)
         rows = [row for row in rows if row.info.accessible >= least]
-        return min(rows, key=_loss_or_information)
-    rows = _trained(trial.rows)
-    losses = [row.loss for row in rows if not math.isnan(row.loss)]
-    if losses:
-        enough = min(losses) + _NEGLIGIBLE * trial.start.info.entropy
-        return next(row for row in rows if row.loss <= enough)
+    else:
+        rows = _trained(trial.rows)
     return min(rows, key=_loss_or_information, default=None)
+
+
+def _fast_enough(rows, trial):
+    """Without the rates that are too low to learn even how frequent the classes are.
+
+    They may seem to know more: outputs that happen to tell a rare class apart at the
+    start are lost while its share is learned, and come back later.
+    """
+    guess = _GUESS * trial.start.info.entropy
+    fast = [row.rate for row in _trained(trial.rows) if row.loss <= guess]
+    return [row for row in rows if not fast or row.rate >= fast[0]]
 
 
 def _loss_or_information(row):
@@ -446,21 +454,25 @@ def _result(trial):
             f"{rows[0].rate:g}. Pass lower `candidates`, or look for the fault in the "
             "model or the data."
         )
-    best = _best(trial)
+    nan, lowest = math.nan, (moved or trained)[0].rate
+    peak = _best(trial).rate
+    rate = max(lowest, peak / _margin(trial.length))
     if not moved:
+        # The loss tells no more: of classes that are rare it is lowest where little
+        # but their share was learned.
+        rate = peak = min(max(trial.own_rate, lowest), trained[-1].rate)
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
-            "beyond the noise. The lowest one of about the lowest loss counts as best; "
-            "pass more `steps` to find out. "
+            f"beyond the noise, so the optimizer's own, {rate:g}, counts as best; pass "
+            "more `steps` to find out. "
             f"Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )
-    nan, lowest = math.nan, (moved or [best])[0].rate
     return LRRange(
         min_lr=lowest,
         max_lr=trained[-1].rate,
-        best_lr=max(lowest, best.rate / _margin(trial.length)),
-        peak_lr=best.rate,
+        best_lr=rate,
+        peak_lr=peak,
         rates=np.array([row.rate for row in rows]),
         information=np.array([r.info.accessible if r.info else nan for r in rows]),
         loss=np.array([row.loss for row in rows]),
