@@ -10,6 +10,32 @@ from sklearn.datasets import load_digits
 
 mpl.use("Agg")
 
+BACKEND = keras.backend.backend()
+# Nothing in them depends on the backend; under another one they are left out.
+SAME_EVERYWHERE = (
+    *("test_examples.py", "test_names.py", "test_plotting.py", "test_policies.py"),
+)
+collect_ignore = [] if BACKEND == "tensorflow" else list(SAME_EVERYWHERE)
+
+
+def pytest_report_header():
+    left_out = f", without {', '.join(collect_ignore)}" if collect_ignore else ""
+    return f"Keras backend: {BACKEND}{left_out}"
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "backends(*names, reason): a test for these backends of Keras only"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("backends"):
+            if BACKEND not in mark.args:
+                only = f"for {' and '.join(mark.args)} only: {mark.kwargs['reason']}"
+                item.add_marker(pytest.mark.skip(reason=only))
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
