@@ -88,7 +88,7 @@ def stop(optimizer, variables):
     if _is_own(optimizer, keras.optimizers.SGD) and optimizer.momentums:
         for variable in variables:
             velocity = optimizer.momentums[optimizer._get_variable_index(variable)]
-            velocity.assign(keras.ops.zeros_like(velocity))
+            velocity.assign(keras.ops.zeros(velocity.shape, velocity.dtype))
 
 
 def _is_own(optimizer, classes):
@@ -120,11 +120,18 @@ def set_aside(model, optimizer):
     """Lends a model another optimizer, for trainings that it shall not remember.
 
     A train function is compiled anew, and the compiled metrics stay out of it, so that
-    neither traces nor metrics of the model are touched, not even built. The attributes
+    neither traces nor metrics of the model are touched, not even built. Nor is the
+    loss: `fit` looks into its data, and shuffles, to build one. The attributes
     are replaced past `__setattr__`, by which TensorFlow would keep track of the
     optimizer as a part of the model's checkpoints.
     """
-    lent = {"optimizer": optimizer, "train_function": None, "_compile_metrics": None}
+    loss = model._compile_loss
+    if loss is not None and not loss.built:
+        loss = type(loss)(
+            loss._user_loss, loss._user_loss_weights, output_names=loss.output_names
+        )
+    lent = {"optimizer": optimizer, "_compile_loss": loss}
+    lent |= {"train_function": None, "_compile_metrics": None}
     kept = {name: vars(model)[name] for name in lent}
     vars(model).update(lent)
     try:

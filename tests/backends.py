@@ -6,6 +6,7 @@ from keras_milr import backend
 
 NAME = keras.backend.backend()
 TORCH_COMPILE = "PyTorch hands `jit_compile` to a C++ compiler, for a minute"
+DRAWN = "what happens depends on the weights that are drawn; seen with TensorFlow's"
 
 
 def compiled(function):

@@ -380,8 +380,12 @@ class TestComposes:
             keras.config.set_dtype_policy("float32")
         seen = []
         look = keras.callbacks.LambdaCallback(
-            on_test_batch_begin=lambda batch, logs: seen.append(model.get_weights()),
-            on_train_batch_end=lambda batch, logs: trained.append(model.get_weights()),
+            on_test_batch_begin=lambda batch, logs: seen.append(
+                swap.model.get_weights()
+            ),
+            on_train_batch_end=lambda batch, logs: trained.append(
+                swap.model.get_weights()
+            ),
         )
         trained = []
         swap = keras.callbacks.SwapEMAWeights()

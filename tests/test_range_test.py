@@ -251,6 +251,7 @@ def test_an_interruption_leaves_no_trace(error, data, monkeypatch):
     np.testing.assert_array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
 
 
+@pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
 def test_fit_afterwards_compiles_nothing_again(data):
     traces = []
 
@@ -444,6 +445,7 @@ def test_kinds_of_labels(data):
         assert found.min_lr == found.best_lr == found.max_lr == 0.01
 
 
+@pytest.mark.backends("tensorflow", reason=backends.DRAWN)
 def test_rare_classes():
     """The prediction is the common class for long; H(Y) − CE sees what is learned."""
     rng = np.random.default_rng(0)
@@ -493,6 +495,7 @@ def test_a_collapse_is_a_failure(digits):
     assert found.max_lr == 0.01
 
 
+@pytest.mark.backends("tensorflow", reason=backends.DRAWN)
 def test_inverted_outputs_are_no_failure(data):
     """The information passes through 0 on the way to learning."""
     x, y = data[0], data[1] % 2
@@ -505,6 +508,7 @@ def test_inverted_outputs_are_no_failure(data):
     assert not found.failed.any()
 
 
+@pytest.mark.backends("tensorflow", reason=backends.DRAWN)
 def test_lower_rates_are_tried_where_the_lowest_is_the_best(digits):
     """Inputs a thousand times too large want rates that are a millionth."""
     found = find(plain_model("sgd"), digits[0] * 300, digits[1])

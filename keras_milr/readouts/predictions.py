@@ -144,7 +144,7 @@ class Predictions:
         seen = (finite & (sample_weight > 0))[:, None]
         low = ops.min(ops.where(seen, outputs, np.inf), axis=0)
         high = ops.max(ops.where(seen, outputs, -np.inf), axis=0)
-        return {name: state[name] + value for name, value in sums.items()} | {
+        return {name: ops.add(state[name], value) for name, value in sums.items()} | {
             "lowest": ops.minimum(state["lowest"], low),
             "highest": ops.maximum(state["highest"], high),
         }
