@@ -70,7 +70,7 @@ def scale_learning_rate(optimizer, multiplier):
 
     def scaled_weight_decay(variables):
         nonlocal scale
-        for variable in variables:
+        for variable in filter(optimizer._use_weight_decay, variables):
             scale = multiplier(variable)
             apply_weight_decay([variable])
         scale = None
@@ -133,11 +133,15 @@ def set_aside(model, optimizer):
     lent = {"optimizer": optimizer, "_compile_loss": loss}
     lent |= {"train_function": None, "_compile_metrics": None}
     kept = {name: vars(model)[name] for name in lent}
+    jax_state = {k: vars(model)[k] for k in ("_jax_state",) if k in vars(model)}
     vars(model).update(lent)
     try:
         yield
     finally:
         vars(model).update(kept)
+        # The weights of the last step, which JAX's trainer keeps a hold of.
+        vars(model).pop("_jax_state", None)
+        vars(model).update(jax_state)
 
 
 def copy_optimizer(optimizer, model):
@@ -147,7 +151,7 @@ def copy_optimizer(optimizer, model):
     told is not in the configuration, and the variables that the optimizer was built
     for have no public name.
     """
-    copy = type(optimizer).from_config(optimizer.get_config())
+    copy = _unbuilt_copy(optimizer)
     pair = (optimizer, copy)
     while all(pair):
         for name, value in vars(pair[0]).items():
@@ -161,6 +165,22 @@ def copy_optimizer(optimizer, model):
     for new, old in zip(copy.variables, optimizer.variables, strict=True):
         new.assign(old)
     return copy
+
+
+def _unbuilt_copy(optimizer):
+    # What holds another optimizer has it serialised in its configuration, and for that
+    # Keras imports TensorFlow wherever it is installed.
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if type(optimizer) is keras.optimizers.LossScaleOptimizer:
+        return type(optimizer)(
+            _unbuilt_copy(inner),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    if hasattr(optimizer, "copy_around"):
+        return optimizer.copy_around(_unbuilt_copy(inner))
+    return type(optimizer).from_config(optimizer.get_config())
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def test_readings_are_those_of_plain_numpy(digits):
     }
     for field, value in expected.items():
         assert getattr(output, field) == pytest.approx(value, abs=1e-5), field
-    assert 1.5 < output.value < 2.2  # It says something.
+    assert 1.0 < output.value < 2.2  # It says something.
 
     convolved = reference.averaged(reference.averaged(hidden[0], 1, 4), 2, 4)
     for found, features in zip(by_layer, (convolved, hidden[1]), strict=True):
@@ -283,7 +283,9 @@ def test_a_data_loader_is_as_its_arrays(digits):
             probe_data=given, learning_rate="auto", max_lr=0.1
         )
         model = make_model()
-        model.fit(loader(data), epochs=2, verbose=0, callbacks=[callback])
+        model.fit(
+            loader(data), epochs=2, verbose=0, callbacks=[callback], shuffle=False
+        )
         histories.append([r["information"] for r in callback.history])
     assert histories[0][0] == pytest.approx(histories[1][0], abs=1e-6)
     assert histories[0][-1] > 1.0
@@ -351,11 +353,11 @@ def test_modules_of_pytorch_are_in_inference_mode_and_left_as_they_were(digits):
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(*digits, epochs=1, verbose=0)
     for training in (True, False):
+        sample = probe.draw_sample(digits, model, 500)
         model.train(training)
         model.drop.train(not training)
         modes = [module.training for module in model.modules()]
         buffers = [b.clone() for b in model.buffers()]
-        sample = probe.draw_sample(digits, model, 500)
         measuring = probe.Probe(model, sample, Predictions())
         first = measuring.measure()[0]
         assert measuring.measure()[0] == first

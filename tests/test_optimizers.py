@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_milr
 from keras_milr import LayerwiseOptimizer
-from tests.backends import TORCH_COMPILE, update
+from tests.backends import NAME, TORCH_COMPILE, update
 
 OPTIMIZERS = [
     name
@@ -29,10 +29,19 @@ MULTIPLIERS = {"a": 0.1, "b": 0.5, "c": 2.0}
 ROUNDED = ("RMSprop", "Adagrad")
 
 
-def make_optimizer(name, rate=0.01, **options):
+def one_by_one(name):
+    """An optimizer's class, but that PyTorch updates one variable after the other.
+
+    Keras' own classes there update all variables at once, which rounds otherwise.
+    """
+    return type(name, (getattr(keras.optimizers, name),), {})
+
+
+def make_optimizer(name, rate=0.01, alone=False, **options):
     if name == "SGD":
         options["momentum"] = 0.9
-    return getattr(keras.optimizers, name)(learning_rate=rate, **options)
+    cls = one_by_one(name) if alone else getattr(keras.optimizers, name)
+    return cls(learning_rate=rate, **options)
 
 
 def make_model(optimizer=None, **compile_arguments):
@@ -91,12 +100,13 @@ class TestExact:
         model, other = make_model(), make_model()
         ours = LayerwiseOptimizer(make_optimizer(name, **arguments), MULTIPLIERS)
         norm = arguments.get("global_clipnorm")
-        alone = {k: v for k, v in arguments.items() if k != "global_clipnorm"}
+        others = {k: v for k, v in arguments.items() if k != "global_clipnorm"}
+        others["alone"] = True
         rates = {
             k: float(np.float32(0.01) * np.float32(m)) for k, m in MULTIPLIERS.items()
         }
         separate = [
-            (make_optimizer(name, rates[layer.name], **alone), slice(2 * i, 2 * i + 2))
+            (make_optimizer(name, rates[layer.name], **others), slice(2 * i, 2 * i + 2))
             for i, layer in enumerate(other.layers)
         ]
         start = model.get_weights()
@@ -137,12 +147,14 @@ class TestExact:
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_without_multipliers_it_is_the_inner_optimizer(self, name, data):
+        """As it is given: on PyTorch, the one that updates all variables at once."""
         weights = []
         for wrap in (lambda o: o, LayerwiseOptimizer):
             model = make_model(wrap(make_optimizer(name, weight_decay=0.01)))
             fit(model, data)
             weights.append(model.get_weights())
-        assert distance(*weights) <= (0 if name not in ROUNDED else 1e-7)
+        exact = NAME == "tensorflow" and name not in ROUNDED
+        assert distance(*weights) <= (0 if exact else 1e-6)
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_a_multiplier_of_0_freezes(self, name):
@@ -201,7 +213,7 @@ class TestExact:
             step(LayerwiseOptimizer(make(0.01), {".*": 0.1}), grads, rates.variables)
             step(make(0.01), [0.1 * g for g in grads], scaled.variables)
             found[name] = distance(rates.get_weights(), scaled.get_weights())
-        assert found["SGD"] < 1e-8
+        assert found["SGD"] < 1e-7
         assert found["Adam"] > 0.005
 
     @pytest.mark.backends("tensorflow", reason="only it has sparse gradients")
@@ -327,6 +339,7 @@ class TestComposes:
         assert float(optimizer.learning_rate) == pytest.approx(0.1 / 8)
         assert optimizer.multipliers == pytest.approx({"a": 0.5, "b": 0.1, "c": 1.0})
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
     def test_new_multipliers_do_not_retrace(self, data):
         traces = []
 

@@ -122,6 +122,7 @@ class Predictions:
             )
         if sample_weight is None:
             sample_weight = ops.ones(ops.shape(outputs)[0], "float32")
+        sample_weight = ops.cast(sample_weight, "float32")
         finite = ops.all(ops.isfinite(outputs), axis=-1)
         log_p, proper = self._log_probability(outputs, class_ids)
         # A row that is not finite says nothing, at the price of the worst guess.
