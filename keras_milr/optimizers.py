@@ -293,7 +293,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     def get_config(self):
         multipliers, layer_decay, layer_order = self._given
-        config = {
+        return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(
                 self.inner_optimizer
@@ -303,7 +303,6 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             "layer_order": layer_order,
             "saved": self._layers(),
         }
-        return config
 
     def copy_around(self, inner_optimizer):
         """The same around another optimizer, with the layers and multipliers of now."""

@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Small models are compiled often and run briefly.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import keras
 import matplotlib as mpl
@@ -11,6 +13,10 @@ from sklearn.datasets import load_digits
 mpl.use("Agg")
 
 BACKEND = keras.backend.backend()
+if BACKEND == "torch":
+    import torch
+
+    torch.set_num_threads(1)  # The tests themselves run in parallel.
 # Nothing in them depends on the backend; under another one they are left out.
 SAME_EVERYWHERE = (
     *("test_examples.py", "test_names.py", "test_plotting.py", "test_policies.py"),
