@@ -124,13 +124,13 @@ def linear_readout(x, labels, classes):
 
 
 def cnn(images, kernel, bias, hidden, shift, out):
-    """Activations of three layers: 3 × 3 convolution and dense, with ReLU; softmax."""
+    """Activations of three layers: 3 × 3 convolution and dense, with tanh; softmax."""
     size = images.shape[1] - 2
     patches = np.stack(
         [images[:, i : i + size, j : j + size] for i in range(3) for j in range(3)], -1
     )
-    first = np.maximum(patches @ kernel.reshape(9, -1) + bias, 0)
-    second = np.maximum(first.reshape(len(images), -1) @ hidden + shift, 0)
+    first = np.tanh(patches @ kernel.reshape(9, -1) + bias)
+    second = np.tanh(first.reshape(len(images), -1) @ hidden + shift)
     logits = second @ out
     return first, second, np.exp(logits - logsumexp(logits, axis=1, keepdims=True))
 

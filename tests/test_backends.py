@@ -52,9 +52,9 @@ def test_readings_are_those_of_plain_numpy(digits):
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            keras.layers.Conv2D(4, 3, activation="relu", name="conv"),
+            keras.layers.Conv2D(4, 3, activation="tanh", name="conv"),
             keras.layers.Flatten(),
-            keras.layers.Dense(24, activation="relu", name="hidden"),
+            keras.layers.Dense(24, activation="tanh", name="hidden"),
             keras.layers.Dense(10, "softmax", use_bias=False, name="out"),
         ]
     )
