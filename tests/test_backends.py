@@ -242,14 +242,14 @@ callback = keras_milr.MutualInformationLR(
 )
 model.fit(x, y, epochs=2, verbose=0, callbacks=[callback])
 assert len(callback.history) == 3
-print(keras.backend.backend(), {"jax", "tensorflow", "torch"} & set(sys.modules))
+print(keras.backend.backend(), "tensorflow" in sys.modules)
 """
 
 
 @PLAIN
-def test_no_other_backend_is_imported():
+def test_tensorflow_is_not_imported():
     done = python(TRAIN)
-    assert done.stdout == f"{backends.NAME} { ({backends.NAME}) }\n", done.stderr
+    assert done.stdout == f"{backends.NAME} False\n", done.stderr
 
 
 def test_a_backend_that_cannot_train():
@@ -364,7 +364,9 @@ def test_modules_of_pytorch_are_in_inference_mode_and_left_as_they_were(digits):
         assert modes == [module.training for module in model.modules()]
         for old, new in zip(buffers, model.buffers(), strict=True):
             assert torch.equal(old, new)
-    predicted = model.predict(sample.x, verbose=0).argmax(axis=1)
+    # Not by `predict`: without an argument `training` it leaves them in training mode.
+    outputs = keras.ops.convert_to_numpy(model(sample.x, training=False))
+    predicted = outputs.argmax(axis=1)
     assert first.raw == pytest.approx(
         mutual_info_score(sample.class_ids, predicted), abs=1e-6
     )
