@@ -4,18 +4,24 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+OTHERS := $(VENV)/.backends
 
 QUICK  := --output results/quick
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test lint format bench bench-quick smoke clean
+.PHONY: run test test-backends lint format bench bench-quick smoke clean
 
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# What depends on the backend, on the two others of Keras.
+test-backends: $(OTHERS)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n auto $(ARGS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,6 +62,11 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# An exact version of PyTorch: the newest may bring gigabytes of CUDA with it.
+$(OTHERS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[jax,torch]' torch==2.13.0
 	touch $@
 
 clean:

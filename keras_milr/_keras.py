@@ -135,7 +135,7 @@ def scale_learning_rate(optimizer, multiplier):
 
     def scaled_weight_decay(variables):
         nonlocal current
-        for current in variables:
+        for current in filter(optimizer._use_weight_decay, variables):
             apply_weight_decay([current])
         current = None
 
@@ -152,7 +152,7 @@ def stop(optimizer, variables):
     if _is_own(optimizer, keras.optimizers.SGD) and optimizer.momentums:
         for variable in variables:
             velocity = optimizer.momentums[optimizer._get_variable_index(variable)]
-            velocity.assign(keras.ops.zeros_like(velocity))
+            velocity.assign(keras.ops.zeros(velocity.shape, velocity.dtype))
 
 
 def _is_own(optimizer, classes):
@@ -184,17 +184,28 @@ def set_aside(model, optimizer):
     """Lends a model another optimizer, for trainings that it shall not remember.
 
     A train function is compiled anew, and the compiled metrics stay out of it, so that
-    neither traces nor metrics of the model are touched, not even built. The attributes
+    neither traces nor metrics of the model are touched, not even built. Nor is the
+    loss: `fit` looks into its data, and shuffles, to build one. The attributes
     are replaced past `__setattr__`, by which TensorFlow would keep track of the
     optimizer as a part of the model's checkpoints.
     """
-    lent = {"optimizer": optimizer, "train_function": None, "_compile_metrics": None}
+    loss = model._compile_loss
+    if loss is not None and not loss.built:
+        loss = type(loss)(
+            loss._user_loss, loss._user_loss_weights, output_names=loss.output_names
+        )
+    lent = {"optimizer": optimizer, "_compile_loss": loss}
+    lent |= {"train_function": None, "_compile_metrics": None}
     kept = {name: vars(model)[name] for name in lent}
+    jax_state = {k: vars(model)[k] for k in ("_jax_state",) if k in vars(model)}
     vars(model).update(lent)
     try:
         yield
     finally:
         vars(model).update(kept)
+        # The weights of the last step, which JAX's trainer keeps a hold of.
+        vars(model).pop("_jax_state", None)
+        vars(model).update(jax_state)
 
 
 def copy_optimizer(optimizer, model):
@@ -204,7 +215,7 @@ def copy_optimizer(optimizer, model):
     told is not in the configuration, and the variables that the optimizer was built
     for have no public name.
     """
-    copy = type(optimizer).from_config(optimizer.get_config())
+    copy = _unbuilt_copy(optimizer)
     pair = (optimizer, copy)
     while all(pair):
         for name, value in vars(pair[0]).items():
@@ -218,6 +229,22 @@ def copy_optimizer(optimizer, model):
     for new, old in zip(copy.variables, optimizer.variables, strict=True):
         new.assign(old)
     return copy
+
+
+def _unbuilt_copy(optimizer):
+    # What holds another optimizer has it serialised in its configuration, and for that
+    # Keras imports TensorFlow wherever it is installed.
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if type(optimizer) is keras.optimizers.LossScaleOptimizer:
+        return type(optimizer)(
+            _unbuilt_copy(inner),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    if hasattr(optimizer, "copy_around"):
+        return optimizer.copy_around(_unbuilt_copy(inner))
+    return type(optimizer).from_config(optimizer.get_config())
 
 
 @contextlib.contextmanager

@@ -106,8 +106,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
-            generator). The training data are a good choice. Defaults to `None`: use
-            the metric.
+            `DataLoader`, generator). The training data are a good choice. Defaults to
+            `None`: use the metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
@@ -364,7 +364,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._trained = None
         if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
             self._since_reading = 0
-            self._trained = self._rates_now()
+            # Asked for its model, a callback has it with its state: on JAX that is with
+            # the trainer within an epoch, and goes back to it with what is changed.
+            self._trained = self._rates_now(self.model)
             self._update(logs, mid_epoch=True)
             self._note_state(self._epoch)
 
@@ -377,7 +379,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._table is not None:
             self._table.end_epoch(logs)
         # Of the last batch, where its reading has changed them.
-        base, by_layer = self._trained or self._rates_now()
+        base, by_layer = self._trained or self._rates_now(self.model)
         logs["learning_rate"] = base
         if self.update_freq == "epoch":
             self._update(logs)
@@ -647,8 +649,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             return math.sqrt(2) * info.stderr  # Each reading has other samples.
         return info.noise
 
-    def _rates_now(self):
-        return rates.base_rate(self.model), self._rates.get()
+    def _rates_now(self, model):
+        return rates.base_rate(model), self._rates.get()
 
     def _record(self, reading, infos):
         names = self._rates.names

@@ -2,8 +2,9 @@
 
 Counts are whole numbers of samples, or sums of sample weights. A function here
 takes NumPy arrays and tensors alike. Whatever has a value is checked, computed in
-float64 with NumPy and returned as NumPy; a tensor inside a trace (a `tf.function`)
-is computed in float32 where it is, and bad values give NaN instead of an error.
+float64 with NumPy and returned as NumPy; a tensor inside a trace (a `tf.function`, a
+`jax.jit`), or a measurement on PyTorch, is computed in float32 where it is, and bad
+values give NaN instead of an error.
 """
 
 from typing import Any, Literal

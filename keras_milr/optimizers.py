@@ -293,7 +293,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     def get_config(self):
         multipliers, layer_decay, layer_order = self._given
-        config = {
+        return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(
                 self.inner_optimizer
@@ -301,16 +301,24 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             "multipliers": multipliers,
             "layer_decay": layer_decay,
             "layer_order": layer_order,
-            "saved": self._saved,
+            "saved": self._layers(),
         }
-        if self.built:
-            config["saved"] = {
-                "paths": list(self._paths),
-                "owners": list(self._owners),
-                "values": list(self.multipliers.values()),
-                "shapes": [list(v.shape) for v in self._trainable_variables],
-            }
-        return config
+
+    def copy_around(self, inner_optimizer):
+        """The same around another optimizer, with the layers and multipliers of now."""
+        copy = type(self)(inner_optimizer, *self._given, name=self.name)
+        copy._saved = self._layers()
+        return copy
+
+    def _layers(self):
+        if not self.built:
+            return self._saved
+        return {
+            "paths": list(self._paths),
+            "owners": list(self._owners),
+            "values": list(self.multipliers.values()),
+            "shapes": [list(v.shape) for v in self._trainable_variables],
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

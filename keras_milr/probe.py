@@ -113,7 +113,8 @@ def draw_sample(
 
     Args:
         data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
-            batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator.
+            batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, a
+            generator.
         model: The built `keras.Model` to measure; its outputs and losses say how labels
             are read.
         size: Number of samples to draw; all of them where there are no more.
@@ -469,7 +470,7 @@ def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         raise TypeError(
             "Argument `probe_data` must be (x, y), (x, y, sample_weight), or an "
             "iterable of such batches (tf.data.Dataset, keras.utils.PyDataset, "
-            f"generator). Received: {data!r} of type {type(data).__name__}"
+            f"DataLoader, generator). Received: {data!r} of type {type(data).__name__}"
         )
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
@@ -501,6 +502,8 @@ def _of_outputs(y):
 
 def _array(x):
     """`x` as NumPy, in the types that Keras trains with."""
+    if keras.ops.is_tensor(x):  # Which may be on another device.
+        x = keras.ops.convert_to_numpy(x)
     try:
         x = np.asarray(x)
     except ValueError as error:

@@ -128,9 +128,9 @@ def lr_range_test(
     It leaves no trace. Weights, optimizer, metrics, statistics of batch normalisation,
     random generators and compiled functions are as before, so that what is trained
     afterwards is bit for bit what it would have been; also when it is interrupted. A
-    model that has no weights yet is built. A `tf.data.Dataset` is read in a copy, so
-    that its shuffling does not go on either. What is kept elsewhere is not known: see
-    `keras_milr.untouched`.
+    model that has no weights yet is built. A `tf.data.Dataset` or a `DataLoader` is
+    read in a copy, so that its shuffling does not go on either. What is kept elsewhere
+    is not known: see `keras_milr.untouched`.
 
     Samples are held out without loss: a training sees a small part of an epoch, and
     the model is judged on others, which `fit` then trains on too. Where `steps` asks
@@ -149,7 +149,8 @@ def lr_range_test(
     Args:
         model: A compiled `keras.Model`. Its state is the start.
         x: Inputs as `fit` takes them: array, structure of arrays, or with the labels in
-            them a finite `tf.data.Dataset` or `keras.utils.PyDataset` of batches.
+            them a finite `tf.data.Dataset`, `keras.utils.PyDataset` or `DataLoader` of
+            batches.
         y: Labels, where `x` is arrays. Defaults to `None`.
         candidates: Learning rates to try, in any order, each above 0. Defaults to
             `None`: decades from 1e-4 to 1, on to 1e-7 where the lowest is the best, and

@@ -1,7 +1,7 @@
 """What a policy's rates are set to: one learning rate, or one for each group of layers.
 
-Both kinds go through `model.optimizer` every time: on JAX a rate that is set on an
-optimizer kept aside is lost.
+Both kinds go through `model.optimizer` every time. On JAX the trainer has its state
+within an epoch: there a callback must have asked for `self.model` before.
 """
 
 import keras

@@ -17,15 +17,17 @@ def own_random_state(seed: int):
     afterwards go on as if nothing had been drawn.
 
     Yields:
-        A function that seeds those of Python, NumPy and Keras again.
+        A function that seeds them again, but for those of TensorFlow.
     """
     kept = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with _keras.own_seed_generator(seed) as reseed, backend.own_random_state(seed):
+    own = _keras.own_seed_generator(seed), backend.own_random_state(seed)
+    with own[0] as reseed, own[1] as reseed_backend:
 
         def again():
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             reseed()
+            reseed_backend()
 
         try:
             again()

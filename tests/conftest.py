@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Small models are compiled often and run briefly.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import keras
 import matplotlib as mpl
@@ -9,6 +11,66 @@ import pytest
 from sklearn.datasets import load_digits
 
 mpl.use("Agg")
+
+BACKEND = keras.backend.backend()
+if BACKEND == "torch":
+    import torch
+
+    torch.set_num_threads(1)  # The tests themselves run in parallel.
+# What is left out under another backend than TensorFlow. In these files nothing depends
+# on the backend,
+SAME_EVERYWHERE = ["test_examples.py", "test_names.py", "test_plotting.py"]
+SAME_EVERYWHERE += ["test_policies.py", "test_units.py"]
+# and in these, which train a model in each test, these parts of names tell what does.
+SENSITIVE = {
+    "test_callbacks.py": (
+        *("test_models", "bit_equal", "whole_loop", "every_so_many_batches", "eagerly"),
+        *("float16", "TestTheMetricAsSource", "test_training_data"),
+    ),
+    "test_callbacks_auto.py": ("test_it_trains_as_from_the_rate", "test_batches_of"),
+    "test_callbacks_layers.py": (
+        *("bit_equal", "set_by_hand", "test_readings_are_those_of_the_layers"),
+    ),
+    "test_range_test.py": (
+        *("bit_equal", "interruption", "compiles_nothing", "by_hand", "goes_on"),
+        *("test_a_dataset_is_as_its_arrays",),
+    ),
+    "test_rollback.py": ("test_no_mixture", "test_to_the_start", "not_finite"),
+}
+OTHER = BACKEND != "tensorflow"
+collect_ignore_glob = [f"*{name}" for name in SAME_EVERYWHERE] if OTHER else []
+
+
+def pytest_report_header():
+    if not OTHER:
+        return f"Keras backend: {BACKEND}"
+    part = ", ".join(SENSITIVE)
+    return [
+        f"Keras backend: {BACKEND}. What does not depend on it is left out:",
+        f"{', '.join(SAME_EVERYWHERE)}, and of {part} what is not in tests/conftest.py",
+    ]
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "backends(*names, reason): a test for these backends of Keras only"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = [item for item in items if not OTHER or _is_sensitive(item)]
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
+    for item in items:
+        for mark in item.iter_markers("backends"):
+            if BACKEND not in mark.args:
+                only = f"for {' and '.join(mark.args)} only: {mark.kwargs['reason']}"
+                item.add_marker(pytest.mark.skip(reason=only))
+
+
+def _is_sensitive(item):
+    parts = SENSITIVE.get(item.path.name)
+    return parts is None or any(part in item.nodeid for part in parts)
 
 
 @pytest.fixture(autouse=True)

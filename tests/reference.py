@@ -123,6 +123,18 @@ def linear_readout(x, labels, classes):
     return np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
 
 
+def cnn(images, kernel, bias, hidden, shift, out):
+    """Activations of three layers: 3 × 3 convolution and dense, with tanh; softmax."""
+    size = images.shape[1] - 2
+    patches = np.stack(
+        [images[:, i : i + size, j : j + size] for i in range(3) for j in range(3)], -1
+    )
+    first = np.tanh(patches @ kernel.reshape(9, -1) + bias)
+    second = np.tanh(first.reshape(len(images), -1) @ hidden + shift)
+    logits = second @ out
+    return first, second, np.exp(logits - logsumexp(logits, axis=1, keepdims=True))
+
+
 def bin_ids(unit, bins):
     """Bins of equal mass, then one for zeros and one for what is not finite."""
     edged = np.sort(unit[np.isfinite(unit) & (unit != 0)])

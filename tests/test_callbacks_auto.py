@@ -51,7 +51,10 @@ def test_it_trains_as_from_the_rate_that_the_range_test_finds(data):
     assert fit(other, data, by_hand).history == logs
     for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert auto.history == by_hand.history
+    for a, b in zip(auto.history, by_hand.history, strict=True):
+        # Two compiled sums over the same outputs; on JAX their last digit may differ.
+        assert a.pop("estimator") == b.pop("estimator")
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-6)
     for a, b in zip(auto.lr_range, found, strict=True):
         np.testing.assert_array_equal(a, b)
     assert logs["learning_rate"][0] == pytest.approx(found.best_lr)

@@ -5,9 +5,8 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from keras_milr import layers
+from keras_milr import backend, layers
 
 K = keras.layers
 
@@ -298,7 +297,12 @@ def record(model, x, chosen="all", call=None):
     groups = layers.choose(model, chosen)
     with layers.recorded(groups) as outputs:
         (model if call is None else call)(x)
-        return [[np.array(t) for t in of_one] for of_one in outputs(len(x))]
+        return [list(map(keras.ops.convert_to_numpy, t)) for t in outputs(len(x))]
+
+
+def assert_equal(found, expected, atol=0.0):
+    found, expected = map(keras.ops.convert_to_numpy, (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 def assert_untouched(model):
@@ -323,13 +327,13 @@ class TestRecorded:
         if compiled:
             groups = layers.choose(model, "all")
 
-            @tf.function
+            @backend.jit
             def run(x):
                 with layers.recorded(groups) as outputs:
                     model(x)
                     return outputs(7)
 
-            found = run(tf.constant(x))
+            found = run(keras.ops.convert_to_tensor(x))
         else:
             found = record(model, x)
         shapes = [tuple(of_one[0].shape) for of_one in found]
@@ -338,7 +342,7 @@ class TestRecorded:
             output = model.get_layer(name).output
             expected = keras.Model(model.inputs[0], output)(x)
             (tensor,) = of_one
-            np.testing.assert_allclose(tensor, expected, atol=1e-6)
+            assert_equal(tensor, expected, atol=1e-6)
         assert_untouched(model)
 
     def test_nested_and_subclassed_models(self):
@@ -346,21 +350,21 @@ class TestRecorded:
         chosen = {"first": "first", "inner": "second/inner", "head": "head"}
         first, inner, head = record(model, x, chosen)
         expected = model.blocks[0](x)  # The last that is called, of the group.
-        np.testing.assert_array_equal(first[0], expected)
-        np.testing.assert_array_equal(inner[0], model.blocks[1].inner(expected))
-        np.testing.assert_array_equal(head[0], model(x))
+        assert_equal(first[0], expected)
+        assert_equal(inner[0], model.blocks[1].inner(expected))
+        assert_equal(head[0], model(x))
         model = nested()
         a, _, head = record(model, x)
-        np.testing.assert_array_equal(a[0], model.layers[0].layers[0](x))
-        np.testing.assert_array_equal(head[0], model(x))
+        assert_equal(a[0], model.layers[0].layers[0](x))
+        assert_equal(head[0], model(x))
 
     def test_all_calls_of_a_shared_layer(self):
         shared = K.Dense(8, name="shared")
         x = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
         (found,) = record(sequential(shared, K.ReLU(), shared), x)
         once = shared(x)
-        np.testing.assert_allclose(found[0], once, atol=1e-6)
-        np.testing.assert_allclose(found[1], shared(keras.ops.relu(once)), atol=1e-6)
+        assert_equal(found[0], once, atol=1e-6)
+        assert_equal(found[1], shared(keras.ops.relu(once)), atol=1e-6)
 
     def test_the_last_called_of_a_group_and_all_its_calls(self):
         one, two = K.Dense(8, name="one"), K.Dense(8, name="two")
@@ -368,8 +372,8 @@ class TestRecorded:
         model = sequential(two, one, two, K.ReLU())
         (found,) = record(model, x, {"g": ["one", "two"]})
         assert len(found) == 2
-        np.testing.assert_allclose(found[0], two(x), atol=1e-6)
-        np.testing.assert_allclose(found[1], two(one(two(x))), atol=1e-6)
+        assert_equal(found[0], two(x), atol=1e-6)
+        assert_equal(found[1], two(one(two(x))), atol=1e-6)
 
     def test_what_is_no_activation_is_left_out(self):
         """Of several outputs those that hold numbers for each sample are read."""
@@ -413,15 +417,15 @@ class TestRecorded:
     @pytest.mark.parametrize("layer", [K.LSTM(3), K.Bidirectional(K.GRU(3))])
     def test_recurrent_layers_in_a_graph(self, layer):
         model = sequential(K.Masking(), layer, shape=(5, 4))
-        groups, x = layers.choose(model, "all"), tf.ones((2, 5, 4))
+        groups, x = layers.choose(model, "all"), keras.ops.ones((2, 5, 4))
 
-        @tf.function
+        @backend.jit
         def run(x):
             with layers.recorded(groups) as outputs:
                 return model(x), outputs(2)
 
         expected, ((found,),) = run(x)
-        np.testing.assert_array_equal(found, expected)
+        assert_equal(found, expected)
 
     def test_calls_come_back_after_an_exception(self):
         model, x = subclassed(), np.ones((3, 8), "float32")
@@ -447,7 +451,7 @@ class TestRecorded:
         expected = 2 * original(keras.ops.convert_to_tensor(x))
         for chosen in ("a", "all"):
             found = record(model, x, chosen)
-            np.testing.assert_array_equal(found[0][0], expected)
+            assert_equal(found[0][0], expected)
             assert layer.__dict__["call"] is twice
 
     def test_a_layer_that_is_not_called(self):
@@ -492,6 +496,7 @@ class TestRecorded:
         with pytest.raises(ValueError, match="'buckets' cannot be read"):
             record(model, np.ones((3, 8), "float32"))
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch's loops are Python's")
     def test_a_layer_in_a_loop_of_a_graph(self):
         class Loop(K.Layer):
             def __init__(self):
@@ -513,12 +518,12 @@ class TestRecorded:
         def run(chosen):
             groups = layers.choose(model, chosen)
 
-            @tf.function
+            @backend.jit
             def run(x):
                 with layers.recorded(groups) as outputs:
                     return model(x), outputs(3)
 
-            return run(tf.ones((3, 8)))
+            return run(keras.ops.ones((3, 8)))
 
         message = (
             "'step' cannot be read: .* inside a loop.*Received: 'step' in `layers`"
@@ -527,14 +532,15 @@ class TestRecorded:
             run("step")
         assert_untouched(model)
         expected, ((found,),) = run({"loop": "loop"})  # With the layer around it.
-        np.testing.assert_array_equal(found, expected)
+        assert_equal(found, expected)
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
     def test_a_function_inside_a_model_that_runs_eagerly(self):
         class Traced(keras.Model):
             def __init__(self):
                 super().__init__()
                 self.inner = K.Dense(3, name="inner")
-                self.run = tf.function(self.inner)
+                self.run = backend.jit(self.inner)
 
             def call(self, x):
                 return self.run(x)

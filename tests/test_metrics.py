@@ -5,6 +5,7 @@ from sklearn.metrics import mutual_info_score
 
 import keras_milr
 from tests import reference
+from tests.backends import TORCH_COMPILE
 
 
 def make_model(units=10, loss="sparse_categorical_crossentropy", **arguments):
@@ -31,10 +32,18 @@ def predicted(model, x):
 @pytest.mark.parametrize(
     "options",
     [
-        {"jit_compile": True},
+        pytest.param(
+            {"jit_compile": True},
+            marks=pytest.mark.backends("tensorflow", "jax", reason=TORCH_COMPILE),
+        ),
         {"jit_compile": False},
         {"run_eagerly": True, "jit_compile": False},
-        {"steps_per_execution": 7},
+        pytest.param(
+            {"steps_per_execution": 7},
+            marks=pytest.mark.backends(
+                "tensorflow", "jax", reason="PyTorch has no `steps_per_execution`"
+            ),
+        ),
     ],
     ids=str,
 )

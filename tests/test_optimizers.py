@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_milr
 from keras_milr import LayerwiseOptimizer
+from tests.backends import NAME, TORCH_COMPILE, update
 
 OPTIMIZERS = [
     name
@@ -28,10 +29,19 @@ MULTIPLIERS = {"a": 0.1, "b": 0.5, "c": 2.0}
 ROUNDED = ("RMSprop", "Adagrad")
 
 
-def make_optimizer(name, rate=0.01, **options):
+def one_by_one(name):
+    """An optimizer's class, but that PyTorch updates one variable after the other.
+
+    Keras' own classes there update all variables at once, which rounds otherwise.
+    """
+    return type(name, (getattr(keras.optimizers, name),), {})
+
+
+def make_optimizer(name, rate=0.01, alone=False, **options):
     if name == "SGD":
         options["momentum"] = 0.9
-    return getattr(keras.optimizers, name)(learning_rate=rate, **options)
+    cls = one_by_one(name) if alone else getattr(keras.optimizers, name)
+    return cls(learning_rate=rate, **options)
 
 
 def make_model(optimizer=None, **compile_arguments):
@@ -70,7 +80,7 @@ def gradients(variables, steps=10, seed=1):
 
 
 def step(optimizer, grads, variables):
-    optimizer.apply([tf.constant(g) for g in grads], variables)
+    update(optimizer, list(map(keras.ops.convert_to_tensor, grads)), variables)
 
 
 def clipped(grads, norm):
@@ -90,12 +100,13 @@ class TestExact:
         model, other = make_model(), make_model()
         ours = LayerwiseOptimizer(make_optimizer(name, **arguments), MULTIPLIERS)
         norm = arguments.get("global_clipnorm")
-        alone = {k: v for k, v in arguments.items() if k != "global_clipnorm"}
+        others = {k: v for k, v in arguments.items() if k != "global_clipnorm"}
+        others["alone"] = True
         rates = {
             k: float(np.float32(0.01) * np.float32(m)) for k, m in MULTIPLIERS.items()
         }
         separate = [
-            (make_optimizer(name, rates[layer.name], **alone), slice(2 * i, 2 * i + 2))
+            (make_optimizer(name, rates[layer.name], **others), slice(2 * i, 2 * i + 2))
             for i, layer in enumerate(other.layers)
         ]
         start = model.get_weights()
@@ -109,7 +120,16 @@ class TestExact:
         assert distance(model.get_weights(), other.get_weights()) <= tolerance
         assert distance(model.get_weights(), start) > 1e-4
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize(
+        "jit_compile",
+        [
+            False,
+            pytest.param(
+                True,
+                marks=pytest.mark.backends("tensorflow", "jax", reason=TORCH_COMPILE),
+            ),
+        ],
+    )
     @pytest.mark.parametrize("name", ["SGD", "AdamW", "Nadam"])
     def test_equals_multi_optimizer_in_fit(self, name, jit_compile, data):
         if not hasattr(keras.optimizers, "MultiOptimizer"):
@@ -127,12 +147,14 @@ class TestExact:
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_without_multipliers_it_is_the_inner_optimizer(self, name, data):
+        """As it is given: on PyTorch, the one that updates all variables at once."""
         weights = []
         for wrap in (lambda o: o, LayerwiseOptimizer):
             model = make_model(wrap(make_optimizer(name, weight_decay=0.01)))
             fit(model, data)
             weights.append(model.get_weights())
-        assert distance(*weights) <= (0 if name not in ROUNDED else 1e-7)
+        exact = NAME == "tensorflow" and name not in ROUNDED
+        assert distance(*weights) <= (0 if exact else 1e-6)
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_a_multiplier_of_0_freezes(self, name):
@@ -191,9 +213,10 @@ class TestExact:
             step(LayerwiseOptimizer(make(0.01), {".*": 0.1}), grads, rates.variables)
             step(make(0.01), [0.1 * g for g in grads], scaled.variables)
             found[name] = distance(rates.get_weights(), scaled.get_weights())
-        assert found["SGD"] < 1e-8
+        assert found["SGD"] < 1e-7
         assert found["Adam"] > 0.005
 
+    @pytest.mark.backends("tensorflow", reason="only it has sparse gradients")
     @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
     def test_sparse_gradients(self, name):
         weights = []
@@ -316,6 +339,7 @@ class TestComposes:
         assert float(optimizer.learning_rate) == pytest.approx(0.1 / 8)
         assert optimizer.multipliers == pytest.approx({"a": 0.5, "b": 0.1, "c": 1.0})
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
     def test_new_multipliers_do_not_retrace(self, data):
         traces = []
 
@@ -369,8 +393,12 @@ class TestComposes:
             keras.config.set_dtype_policy("float32")
         seen = []
         look = keras.callbacks.LambdaCallback(
-            on_test_batch_begin=lambda batch, logs: seen.append(model.get_weights()),
-            on_train_batch_end=lambda batch, logs: trained.append(model.get_weights()),
+            on_test_batch_begin=lambda batch, logs: seen.append(
+                swap.model.get_weights()
+            ),
+            on_train_batch_end=lambda batch, logs: trained.append(
+                swap.model.get_weights()
+            ),
         )
         trained = []
         swap = keras.callbacks.SwapEMAWeights()

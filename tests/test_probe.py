@@ -6,6 +6,14 @@ from sklearn.metrics import mutual_info_score
 
 from keras_milr import layers, probe
 from keras_milr.readouts import LinearReadout, Predictions, UnitHistogram
+from tests.backends import TORCH_COMPILE
+
+JIT_COMPILE = [
+    False,
+    pytest.param(
+        True, marks=pytest.mark.backends("tensorflow", "jax", reason=TORCH_COMPILE)
+    ),
+]
 
 
 def make_model(features=64, classes=10, **compile_arguments):
@@ -106,7 +114,7 @@ class TestSample:
 
         for data in (
             [x, y],
-            (tf.constant(x), tf.constant(y)),
+            (keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)),
             (x, np.eye(10)[y]),
             Batches(),
             ((x[i : i + 100], y[i : i + 100]) for i in range(0, len(x), 100)),
@@ -240,7 +248,7 @@ class TestProbe:
         loss = model.evaluate(*digits, verbose=0)[0]
         assert info.bound == pytest.approx(info.entropy - loss, abs=1e-4)
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
     def test_leaves_the_model_as_it_was(self, digits, jit_compile):
         class Noisy(keras.layers.Layer):
             """Draws random numbers and counts its calls, at inference too."""
@@ -270,6 +278,7 @@ class TestProbe:
         for old, new in zip(before, state_of(model), strict=True):
             np.testing.assert_array_equal(old, new)
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
     def test_one_trace_for_all_readings(self, digits):
         traces = []
 
@@ -462,7 +471,7 @@ class TestLayers:
         ).predict(x, verbose=0)
         assert_same(found[0], LinearReadout().measure(activations[:300], y[:300], 10))
 
-    @pytest.mark.parametrize("jit_compile", [False, True])
+    @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
     def test_leaves_the_model_as_it_was(self, digits, jit_compile):
         class Noisy(keras.layers.Layer):
             """Draws random numbers and counts its calls, at inference too."""
@@ -492,6 +501,7 @@ class TestLayers:
             np.testing.assert_array_equal(old, new)
         assert not any("call" in layer.__dict__ for layer in model.layers)
 
+    @pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
     def test_one_trace_for_all_readings(self, digits):
         traces = []
 
@@ -530,6 +540,7 @@ class TestLayers:
         expected = LinearReadout().measure(layer(x), y, 10)
         assert found[0].value == pytest.approx(expected.value, abs=0.05)
 
+    @pytest.mark.backends("tensorflow", reason="others know all shapes")
     def test_a_layer_with_other_rows_than_the_samples(self, digits):
         """Seen late, where the graph does not know how many there are."""
 

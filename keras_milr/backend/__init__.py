@@ -1,8 +1,9 @@
 """The few lines that differ between Keras' backends.
 
-A backend module has these functions:
+A module for each backend has these functions:
 
-- `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet.
+- `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet. On
+  PyTorch, which does not trace, whether it is inside a measurement.
 - `is_in_reach(x)`: whether the tensor `x` can be used here, and not only in the loop
   that it was made in.
 - `jit(function, fused=False)`: the pure function, compiled; its Python arguments are
@@ -12,56 +13,65 @@ A backend module has these functions:
   occurs, or of the sums of its weights; not in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
   `forward(x)` is the model in inference mode with all its state left alone. It
-  is traced once for each set of shapes and types.
-- `own_random_state(seed)`: context in which the backend's global generators of random
-  numbers are others, seeded; afterwards they are as they were.
-- `fresh(data)`: a dataset whose iteration leaves no trace in `data`, such as the place
-  in the sequence of its shuffles; what is no dataset of the backend is returned.
+  is traced once for each set of shapes and types, and reads the weights that the
+  model has when it is called.
 
-TensorFlow is the only one so far. Under another, what needs a compiled
-measurement says so, and TensorFlow is not imported.
+Datasets and global random numbers are not those of the backend only: a model on JAX may
+be trained from a `DataLoader` of PyTorch or a `tf.data.Dataset`. The modules of
+TensorFlow and PyTorch have these two as well, and here stand for every library that is
+in use:
+
+- `own_random_state(seed)`: context in which the global generators of random numbers
+  are others, seeded; afterwards they are as they were. It yields a function that
+  seeds them again, where they can be.
+- `fresh(data)`: a dataset whose iteration leaves no trace in `data`, such as the place
+  in the sequence of its shuffles; what is no dataset of these is returned.
+
+A library is not imported where it is neither the backend nor in use already.
 """
 
 import contextlib
+import importlib
+import sys
 
 import keras
-import numpy as np
 
-if keras.backend.backend() == "tensorflow":
-    from keras_milr.backend.tensorflow import (
-        bincount,
-        compile_step,
-        fresh,
-        is_in_reach,
-        is_symbolic,
-        jit,
-        own_random_state,
+_MODULES = ("jax", "tensorflow", "torch")
+
+if keras.backend.backend() not in _MODULES:
+    raise ImportError(
+        f"keras_milr works on the backends {_MODULES} of Keras. "
+        f"Received: keras.backend.backend()={keras.backend.backend()!r}"
     )
-else:
 
-    def is_symbolic(x):
-        return False
+_backend = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
+bincount = _backend.bincount
+compile_step = _backend.compile_step
+is_in_reach = _backend.is_in_reach
+is_symbolic = _backend.is_symbolic
+jit = _backend.jit
 
-    def is_in_reach(x):
-        return True
 
-    def jit(function, fused=False):
-        return function
+@contextlib.contextmanager
+def own_random_state(seed):
+    with contextlib.ExitStack() as stack:
+        contexts = [module.own_random_state(seed) for module in _libraries()]
+        again = [stack.enter_context(context) for context in contexts]
+        yield lambda: [seed_again() for seed_again in again]
 
-    def bincount(ids, size, weights=None):
-        return np.bincount(keras.ops.convert_to_numpy(ids), weights, size)
 
-    def own_random_state(seed):
-        return contextlib.nullcontext()
+def fresh(data):
+    for module in _libraries():
+        data = module.fresh(data)
+    return data
 
-    def fresh(data):
-        return data
 
-    def compile_step(model, step):
-        raise NotImplementedError(
-            "Measuring a model needs the TensorFlow backend of Keras. "
-            f"Received: keras.backend.backend()={keras.backend.backend()!r}"
-        )
+def _libraries():
+    return [
+        importlib.import_module(f"{__name__}.{name}")
+        for name in ("tensorflow", "torch")
+        if name in sys.modules
+    ]
 
 
 __all__ = [

@@ -136,6 +136,7 @@ class Predictions:
             )
         if sample_weight is None:
             sample_weight = ops.ones(ops.shape(outputs)[0], "float32")
+        sample_weight = ops.cast(sample_weight, "float32")
         finite = ops.all(ops.isfinite(outputs), axis=-1)
         log_p, proper = self._log_probability(outputs, class_ids)
         # A row that is not finite says nothing, at the price of the worst guess.
@@ -157,7 +158,7 @@ class Predictions:
         seen = (finite & (sample_weight > 0))[:, None]
         low = ops.min(ops.where(seen, outputs, np.inf), axis=0)
         high = ops.max(ops.where(seen, outputs, -np.inf), axis=0)
-        return {name: state[name] + value for name, value in sums.items()} | {
+        return {name: ops.add(state[name], value) for name, value in sums.items()} | {
             "lowest": ops.minimum(state["lowest"], low),
             "highest": ops.maximum(state["highest"], high),
         }

@@ -56,6 +56,7 @@ class TestPooled:
         x = normal(*shape)
         np.testing.assert_array_equal(features.pooled(x, 4), x.reshape(6, -1))
 
+    @pytest.mark.backends("tensorflow", reason="others know all shapes")
     def test_unknown_axes_of_a_graph(self):
         signature = [tf.TensorSpec((None, None, 10, 3), tf.float32)]
         pooled = tf.function(lambda x: features.pooled(x, 4), signature)
@@ -77,7 +78,7 @@ class TestPooled:
         # Their sum, 1.6 million, is beyond float16, and bfloat16 cannot add 1 to 256.
         x = keras.ops.cast(np.full((2, 64, 64, 1), 400), dtype)
         pooled = features.pooled(x, 4)
-        assert pooled.dtype == tf.float32
+        assert keras.backend.standardize_dtype(pooled.dtype) == "float32"
         np.testing.assert_array_equal(pooled, np.full((2, 16), 400.0, "float32"))
 
     def test_numbers_are_refused(self):

@@ -375,13 +375,14 @@ def test_rows_of_nan_are_no_prediction():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_float32(dtype):
     x, labels = layer(n=3000)  # more than half precision can count
-    half = tf.cast(x, dtype)
+    half = keras.ops.cast(x, dtype)
     info = measure(half, labels, 10)
-    assert info == measure(tf.cast(half, "float32"), labels, 10)
+    assert info == measure(keras.ops.cast(half, "float32"), labels, 10)
     assert LinearReadout().read(half, labels, 10) == info
     assert info.bound == pytest.approx(measure(x, labels, 10).bound, abs=0.01)
 
 
+@pytest.mark.backends("tensorflow", reason="counts the traces of a tf.function")
 def test_is_traced_once_for_the_labels_of_a_probe():
     readout = LinearReadout()
     compiled = linear._compiled()
@@ -389,10 +390,13 @@ def test_is_traced_once_for_the_labels_of_a_probe():
     x, labels = layer(n=333, width=9)
     for seed in range(4):
         x = np.random.default_rng(seed).normal(size=x.shape)
-        readout.read(tf.constant(x), labels, 10, np.full(333, 1.0 + seed))
+        readout.read(
+            keras.ops.convert_to_tensor(x), labels, 10, np.full(333, 1.0 + seed)
+        )
     assert compiled.experimental_get_tracing_count() == before + 1
 
 
+@pytest.mark.backends("tensorflow", reason="with and without XLA")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_features_compile(jit_compile):
     x = np.random.default_rng(0).normal(size=(8, 9, 10, 40)).astype("float32")
@@ -402,6 +406,7 @@ def test_features_compile(jit_compile):
     assert compiled(x).shape == (8, 256)
 
 
+@pytest.mark.backends("tensorflow", reason="others know all shapes")
 def test_features_of_unknown_batch_and_length():
     signature = [tf.TensorSpec((None, None, 600), tf.float16)]
     compiled = tf.function(LinearReadout().features, signature)

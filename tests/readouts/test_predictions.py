@@ -1,11 +1,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from sklearn.metrics import log_loss, mutual_info_score
 
 from keras_milr import information, readouts
 from tests import reference
+from tests.backends import compiled
 
 
 def sample(classes, n, seed=0, sharpness=2.0):
@@ -19,11 +19,11 @@ def sample(classes, n, seed=0, sharpness=2.0):
 
 def streamed(readout, outputs, labels, num_classes, batch):
     """Through a compiled update, batch by batch."""
-    update = tf.function(readout.update, jit_compile=True)
+    update = compiled(readout.update)
     state = readout.init(num_classes)
     for i in range(0, len(labels), batch):
-        y = tf.constant(labels[i : i + batch], "int32")
-        state = update(state, tf.constant(outputs[i : i + batch]), y)
+        y = keras.ops.convert_to_tensor(labels[i : i + batch], "int32")
+        state = update(state, keras.ops.convert_to_tensor(outputs[i : i + batch]), y)
     return readout.finish(state)
 
 
@@ -82,7 +82,7 @@ def test_half_precision_outputs_are_counted_in_float32(dtype):
     # More samples of one kind than half precision can count (2048, 256).
     outputs = np.tile(np.array([[0.9, 0.1], [0.2, 0.8]], "float32"), (5000, 1))
     labels = np.tile([0, 1], 5000)
-    half = tf.cast(outputs, dtype)
+    half = keras.ops.cast(outputs, dtype)
     info = readouts.Predictions().measure(half, labels, 2)
     assert info.raw == pytest.approx(np.log(2), abs=1e-6)
     assert info.bound == pytest.approx(

@@ -240,9 +240,11 @@ class TestWeights:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_counted_in_float32(dtype):
     x, labels = layer(n=10_000)
-    half = tf.cast(x[:, :4], dtype)
+    half = keras.ops.cast(x[:, :4], dtype)
     info = UnitHistogram(reduce=None).measure(half, labels, 5)
-    same = UnitHistogram(reduce=None).measure(tf.cast(half, "float32"), labels, 5)
+    same = UnitHistogram(reduce=None).measure(
+        keras.ops.cast(half, "float32"), labels, 5
+    )
     np.testing.assert_array_equal(info.value, same.value)
     assert info.entropy == pytest.approx(reference.entropy(np.bincount(labels)))
     # Coarse values tie: little is lost.
@@ -250,16 +252,20 @@ def test_half_precision_is_counted_in_float32(dtype):
     np.testing.assert_allclose(info.value, whole.value, atol=0.02)
 
 
+@pytest.mark.backends("tensorflow", reason="counts the traces of a tf.function")
 def test_is_traced_once_for_a_shape():
     readout = UnitHistogram(bins=9)
     compiled = units._compiled()
     before = compiled.experimental_get_tracing_count()
     for seed in range(4):
         x, labels = layer(n=333, seed=seed)
-        readout.read(tf.constant(x), labels, 5, np.full(333, 1.0 + seed))
+        readout.read(
+            keras.ops.convert_to_tensor(x), labels, 5, np.full(333, 1.0 + seed)
+        )
     assert compiled.experimental_get_tracing_count() == before + 1
 
 
+@pytest.mark.backends("tensorflow", reason="with and without XLA")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_features_compile(jit_compile):
     x = np.random.default_rng(0).normal(size=(8, 6, 5, 3)).astype("float32")

@@ -1,0 +1,61 @@
+"""How a measurement is compiled on JAX."""
+
+import functools
+
+import jax
+import keras
+import numpy as np
+
+
+def is_symbolic(x):
+    return isinstance(x, jax.core.Tracer)
+
+
+def is_in_reach(x):
+    # A loop is a trace inside of the trace. What comes out of it otherwise than as its
+    # result is only noticed when all is traced, and no public name tells of it.
+    here = jax.numpy.zeros(())
+    return not is_symbolic(x) or x._trace is getattr(here, "_trace", None)
+
+
+def jit(function, fused=False):
+    @functools.cache
+    def compiled(constants):
+        return jax.jit(function, static_argnums=constants)
+
+    def run(*args):
+        python = (bool, int, float, str)
+        constants = [i for i, arg in enumerate(args) if isinstance(arg, python)]
+        return compiled(tuple(constants))(*args)
+
+    return run
+
+
+def bincount(ids, size, weights=None):
+    return np.asarray(_bincount(ids, weights, size))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _bincount(ids, weights, size):
+    return jax.numpy.bincount(ids, weights, length=size)
+
+
+def compile_step(model, step):
+    def run(values, *args):
+        # Weights and all other state are arguments. A variable that is merely read in
+        # a trace would be a constant: the reading would be of old weights for ever.
+        state = list(zip(model.variables, values, strict=True))
+
+        def forward(x):
+            with keras.StatelessScope(state_mapping=state):
+                return model(x, training=False)
+
+        return step(forward, *args)
+
+    if model.jit_compile and not model.run_eagerly:  # As the model trains.
+        run = jax.jit(run)
+
+    def measured(*args):
+        return run([variable.value for variable in model.variables], *args)
+
+    return measured
