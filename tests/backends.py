@@ -20,7 +20,6 @@ def compiled(function):
 
 def gradients(model, x, y, training=False):
     """Outputs, loss, and the gradients of the trainable variables."""
-    variables = model.trainable_variables
     x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     if NAME == "tensorflow":
         import tensorflow as tf
@@ -28,14 +27,17 @@ def gradients(model, x, y, training=False):
         with tf.GradientTape() as tape:
             outputs = model(x, training=training)
             loss = model.compute_loss(x, y, outputs)
-        return outputs, loss, tape.gradient(loss, variables)
+        return outputs, loss, tape.gradient(loss, model.trainable_variables)
     if NAME == "torch":
         model.zero_grad()
         outputs = model(x, training=training)
         loss = model.compute_loss(x, y, outputs)
         loss.backward()
-        return outputs.detach(), loss.detach(), [v.value.grad for v in variables]
+        found = [v.value.grad for v in model.trainable_variables]
+        return outputs.detach(), loss.detach(), found
     import jax
+
+    variables = model.trainable_variables
 
     def compute(values):
         mapping = list(zip(variables, values, strict=True))
