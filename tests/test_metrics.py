@@ -272,6 +272,10 @@ def test_kinds_that_cannot_stream():
         keras_milr.MutualInformation(targets="soft")
 
 
+@pytest.mark.backends(
+    *("tensorflow", "jax"),
+    reason="Keras on PyTorch changes the weights when it masks its own loss",
+)
 @pytest.mark.parametrize("kind", ["ids", "column", "one_hot"])
 @pytest.mark.parametrize("weights", ["none", "samples", "positions"])
 def test_tokens(kind, weights):

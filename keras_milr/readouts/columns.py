@@ -83,13 +83,13 @@ class Columns:
         low = ops.min(ops.where(seen, read, np.inf), axis=0)
         high = ops.max(ops.where(seen, read, -np.inf), axis=0)
         new = {
-            "counts": state["counts"] + counts,
+            "counts": ops.add(state["counts"], counts),
             "lowest": ops.minimum(state["lowest"], low),
             "highest": ops.maximum(state["highest"], high),
         }
         if not self._continuous:
             sums = self._surprise(outputs, ids, weight, finite)
-            new |= {name: state[name] + value for name, value in sums.items()}
+            new |= {name: ops.add(state[name], value) for name, value in sums.items()}
         return new
 
     def finish(self, state: dict, scale: float = 1.0) -> Information:

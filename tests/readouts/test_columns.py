@@ -1,10 +1,11 @@
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from sklearn.metrics import log_loss, mutual_info_score
 
 from keras_milr import readouts, targets
 from tests import reference
+from tests.backends import compiled
 
 
 def multi_label(n=600, units=5, logits=False, seed=0):
@@ -35,13 +36,15 @@ def settled(labels, outputs, target):
 
 def read(target, outputs, ids, weight=None, batch=None):
     readout = readouts.Columns(target)
-    update = tf.function(readout.update, jit_compile=True) if batch else readout.update
+    update = compiled(readout.update) if batch else readout.update
     state = readout.init(target.num_classes)
     weight = np.ones(len(ids), "float32") if weight is None else weight
     for i in range(0, len(ids), batch or len(ids)):
         rows = slice(i, i + (batch or len(ids)))
         parts = outputs[rows], ids[rows], weight[rows]
-        state = update(state, *(map(tf.constant, parts) if batch else parts))
+        if batch:
+            parts = map(keras.ops.convert_to_tensor, parts)
+        state = update(state, *parts)
     return readout.finish(state), readout.parts(state)
 
 
