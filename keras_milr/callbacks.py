@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 import warnings
 
 import keras
@@ -342,7 +343,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._batch = 0
+        self._batch, self._batch_by_thread = 0, {}
         self._trained = None
         if self._table is not None:
             self._table.begin_epoch()
@@ -359,10 +360,14 @@ class MutualInformationLR(keras.callbacks.Callback):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
         # the end of the epoch.
         trained = min(batch + 1, self.params.get("steps") or math.inf)
+        if self.update_freq == "epoch":
+            # In several threads at once; each has its batches in their order.
+            self._batch_by_thread[threading.get_ident()] = trained
+            return
         self._since_reading += trained - self._batch
         self._batch = trained
         self._trained = None
-        if self.update_freq != "epoch" and self._since_reading >= self.update_freq:
+        if self._since_reading >= self.update_freq:
             self._since_reading = 0
             # Asked for its model, a callback has it with its state: on JAX that is with
             # the trainer within an epoch, and goes back to it with what is changed.
@@ -376,6 +381,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
+        self._batch = max(self._batch_by_thread.values(), default=self._batch)
         if self._table is not None:
             self._table.end_epoch(logs)
         # Of the last batch, where its reading has changed them.

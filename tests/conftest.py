@@ -27,7 +27,7 @@ SAME_EVERYWHERE += ["test_resume.py", "test_determinism.py", "test_faults.py"]
 SENSITIVE = {
     "test_callbacks.py": (
         *("test_models", "bit_equal", "whole_loop", "every_so_many_batches", "eagerly"),
-        *("float16", "TestTheMetricAsSource", "test_training_data"),
+        *("float16", "TestTheMetricAsSource", "test_training_data", "several_threads"),
     ),
     "test_callbacks_auto.py": ("test_it_trains_as_from_the_rate", "test_batches_of"),
     "test_callbacks_layers.py": (

@@ -74,6 +74,7 @@ class TestPooled:
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32"])
+    @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # JAX
     def test_sums_are_float32(self, dtype):
         # Their sum, 1.6 million, is beyond float16, and bfloat16 cannot add 1 to 256.
         x = keras.ops.cast(np.full((2, 64, 64, 1), 400), dtype)
