@@ -289,6 +289,10 @@ class _Trial:
                 model(x, training=True)
         self.start = self._read(0.0)
         _check_start(self.start, sample.labels)
+        # Whether the shares of the classes are most of what is to be learned.
+        guess = [math.log(one.target.num_classes) for one in sample.labels]
+        guess = np.average(guess, weights=[one.share for one in sample.labels])
+        self.skewed = self.start.info.entropy < 0.5 * guess
 
     def run(self, rate: float) -> _Row:
         """Trains at a rate and reads."""
@@ -325,7 +329,7 @@ class _Trial:
 
         With the loss of a constant predictor, H(Y), or a higher one. Where something is
         still known, or training had added nothing so far, or not even the shares of
-        the classes were known, the loss has to be worse than before too: predictions
+        rare classes were known, the loss has to be worse than before too: predictions
         that become less sure of what is wrong pass through a state with less
         information on their way to learning. Where nothing was known there is nothing
         to lose, and the loss has to be far beyond.
@@ -337,7 +341,7 @@ class _Trial:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
         limit = 0.95 * entropy
         added = known > 1.1 * self.start.info.accessible
-        lucky = best.loss > _GUESS * entropy
+        lucky = self.skewed and best.loss > _GUESS * entropy
         if lucky or not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
@@ -421,11 +425,13 @@ def _best(trial):
 
 
 def _fast_enough(rows, trial):
-    """Without the rates that are too low to learn even how frequent the classes are.
+    """Without the rates that are too low to learn even how rare some classes are.
 
     They may seem to know more: outputs that happen to tell a rare class apart at the
     start are lost while its share is learned, and come back later.
     """
+    if not trial.skewed:
+        return rows
     guess = _GUESS * trial.start.info.entropy
     fast = [row.rate for row in _trained(trial.rows) if row.loss <= guess]
     return [row for row in rows if not fast or row.rate >= fast[0]]

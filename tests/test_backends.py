@@ -252,6 +252,7 @@ def test_tensorflow_is_not_imported():
     assert done.stdout == f"{backends.NAME} False\n", done.stderr
 
 
+@pytest.mark.backends("jax", reason="Keras' backend for NumPy needs JAX")
 def test_a_backend_that_cannot_train():
     done = python("import keras_milr", KERAS_BACKEND="numpy")
     assert "keras_milr works on the backends ('jax', 'tensorflow', 'torch')" in (

@@ -795,7 +795,7 @@ def test_config(digits):
 
 
 def test_batches_are_counted_although_their_hooks_run_in_several_threads(digits):
-    callback = MutualInformationLR("relative", digits, 100)
+    callback = keras_milr.MutualInformationLR("relative", digits, 100)
     x, y = digits[0][:800], digits[1][:800]
     make_model().fit(x, y, batch_size=2, epochs=4, verbose=0, callbacks=[callback])
     assert [r["batch"] for r in callback.history] == [0, 400, 400, 400, 400]

@@ -543,9 +543,13 @@ def test_nothing_trains(data):
 
 
 def test_nothing_moves(data):
-    with pytest.warns(UserWarning, match=r"2 step\(s\) moved .* at no rate"):
-        found = find(plain_model(), *data, candidates=[1e-9, 1e-8], steps=2)
-    assert found.min_lr == found.best_lr == found.peak_lr
+    """Then the optimizer's own rate is the best, within those that were tried."""
+    for own, best in ((1e-3, 1e-8), (3e-9, 3e-9), (1e-12, 1e-9)):
+        model = plain_model(keras.optimizers.Adam(own))
+        with pytest.warns(UserWarning, match=r"2 step\(s\) moved .* at no rate"):
+            found = find(model, *data, candidates=[1e-9, 1e-8], steps=2)
+        assert found.min_lr == 1e-9
+        assert found.best_lr == found.peak_lr == pytest.approx(best)
 
 
 # ------------------------------------------------------------------------------- layers
@@ -770,14 +774,15 @@ def test_plot(digits):
     assert "failed" in lines
 
 
-def trial(*rows, start=(0.1, 2.4)):
+def trial(*rows, start=(0.1, 2.4), skewed=False):
     """A `_Trial` that has been run: (rate, information, loss) in nats, H(Y) = 2."""
 
     def row(rate, information, loss):
         info = readouts.Information(information, information, 2.0, 0.0, 0.02)
         return range_test._Row(rate, info, loss, 0.5, False)
 
-    return types.SimpleNamespace(rows=[row(*r) for r in rows], start=row(0.0, *start))
+    rows = [row(*r) for r in rows]
+    return types.SimpleNamespace(rows=rows, start=row(0.0, *start), skewed=skewed)
 
 
 class TestJudgement:
@@ -788,6 +793,19 @@ class TestJudgement:
     def test_without_losses_the_information_decides(self):
         rows = (1e-3, 0.8, np.nan), (1e-2, 1.3, np.nan), (1e-1, 1.25, np.nan)
         assert range_test._best(trial(*rows)).rate == 1e-2
+
+    @pytest.mark.parametrize(("skewed", "best"), [(False, 1e-4), (True, 1e-1)])
+    def test_a_rate_too_low_to_learn_the_shares_is_not_the_best(self, skewed, best):
+        """A rare class that is told apart by chance at the start."""
+        rows = (1e-4, 0.9, 5.0), (1e-3, 0.5, 3.0), (1e-2, 0.6, 2.05), (1e-1, 0.7, 1.9)
+        assert range_test._best(trial(*rows, skewed=skewed)).rate == best
+
+    @pytest.mark.parametrize("skewed", [False, True])
+    def test_to_lose_a_lucky_start_is_no_collapse(self, skewed):
+        done = trial((1e-4, 0.3, 4.0), skewed=skewed)
+        lost, worse = trial((1e-3, 0.01, 3.0), (1e-3, 0.01, 4.5)).rows
+        assert range_test._Trial._collapsed(done, lost) is not skewed
+        assert range_test._Trial._collapsed(done, worse)
 
     @pytest.mark.parametrize(
         ("information", "loss", "collapsed"),
