@@ -399,12 +399,19 @@ def _trained(rows):
 
 
 def _moved(trial):
-    """The rows that trained and know more than there was at the start."""
+    """The rows that trained and know more than there was at the start.
+
+    Where classes are rare, outputs that are worse than their shares may tell them apart
+    by chance, at rates too low to have learned the shares, or so high that the outputs
+    swing: that is not known for long.
+    """
     known, entropy = trial.start.info.accessible, trial.start.info.entropy
+    most = _GUESS * entropy if trial.skewed else math.inf
     return [
         row
         for row in _trained(trial.rows)
         if row.info.accessible > known + max(2 * row.info.noise, _NEGLIGIBLE * entropy)
+        and not row.loss > most  # It may be unknown.
     ]
 
 
@@ -414,7 +421,7 @@ def _best(trial):
     Of rows that have as much but for a tenth of what was gained, the one with the
     lowest loss, which is less coarse.
     """
-    rows = _fast_enough(_moved(trial), trial)
+    rows = _moved(trial)
     if rows:
         most = max(row.info.accessible for row in rows)
         least = most - 0.1 * (most - trial.start.info.accessible)
@@ -422,19 +429,6 @@ def _best(trial):
     else:
         rows = _trained(trial.rows)
     return min(rows, key=_loss_or_information, default=None)
-
-
-def _fast_enough(rows, trial):
-    """Without the rates that are too low to learn even how rare some classes are.
-
-    They may seem to know more: outputs that happen to tell a rare class apart at the
-    start are lost while its share is learned, and come back later.
-    """
-    if not trial.skewed:
-        return rows
-    guess = _GUESS * trial.start.info.entropy
-    fast = [row.rate for row in _trained(trial.rows) if row.loss <= guess]
-    return [row for row in rows if not fast or row.rate >= fast[0]]
 
 
 def _loss_or_information(row):
