@@ -267,7 +267,8 @@ def plot(cases, path):
             )
         axis.set(title=titles[kind], xlabel=label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.set_ylim(top=30 * axis.get_ylim()[1])  # Room for the legend.
+        axis.legend(fontsize=8, loc="upper left")
     axes[0].set_ylabel("milliseconds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
