@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import policies, probe, rates, readouts
+from keras_milr import policies, probe, rates, readouts, sampling
 from keras_milr._arguments import (
     LARGEST_SEED,
     check_bool,
@@ -607,11 +607,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             if self._rollback is None:
                 self._rollback = Rollback(self.model)
             loss = float((logs or {}).get("loss", 0.0))
-            failure = self._rollback.failure(self._output(infos), loss)
+            failure = self._rollback.judge(self._output(infos), infos, loss)
             if failure is not None:
                 self._roll_back(reading, failure)
                 return
-            self._rollback.keep(self._output(infos), infos)
         new = self._controller.act(reading)
         if new is not None and self.verbose > 0:
             names = self._rates.names
@@ -680,7 +679,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         """The sample, kept from one `fit` to the next."""
         model, sample = self.model, self._sample
         if sample is None or sample.signature != signature(outputs_of(model, sample.x)):
-            self._sample = sample = probe.draw_sample(
+            self._sample = sample = sampling.draw_sample(
                 self.probe_data,
                 model,
                 self.probe_size,
@@ -729,15 +728,9 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def get_config(self):
         """The constructor's arguments, except `probe_data`, which is no setting."""
-        names = ("probe_size", "layers", "output", "targets", "learning_rate")
-        names += (
-            "min_lr",
-            "max_lr",
-            "update_freq",
-            "rollback",
-            "monitor",
-            "seed",
-            "verbose",
+        names = (
+            *("probe_size", "layers", "output", "targets", "learning_rate", "min_lr"),
+            *("max_lr", "update_freq", "rollback", "monitor", "seed", "verbose"),
         )
         objects = ("policy", "readout", "reference")
         serialize = keras.saving.serialize_keras_object

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import backend, probe, rates
+from keras_milr import backend, probe, rates, sampling
 from keras_milr._arguments import LARGEST_SEED, check_integer, check_number
 from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
@@ -205,8 +205,8 @@ def lr_range_test(
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first = next(probe.batches(data), None)
-        length = 0 if first is None else probe.check_lengths(*first)
+            first = next(sampling.batches(data), None)
+        length = 0 if first is None else sampling.check_lengths(*first)
         if length > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
@@ -215,7 +215,7 @@ def lr_range_test(
     with own_random_state(seed) as reseed:
         with _naming_x():
             most = probe_size + batch_size * (steps or STEPS)
-            rows = probe.draw_rows(data, model, most, seed, output, targets)
+            rows = sampling.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
             batch_size = min(batch_size, rows.batch_sizes[0])  # As in `fit`.
@@ -502,7 +502,7 @@ def _split(rows, model, steps, batch_size, class_weight, probe_size, seed):
     # What the first draw found of all data, a part of them might not show.
     kinds = {one.name: one.target.kind for one in rows.labels}
     output = rows.labels[0].name if len(kinds) == 1 else None
-    drawn = probe.draw_rows(data, model, size, seed, output, kinds)
+    drawn = sampling.draw_rows(data, model, size, seed, output, kinds)
     rng = np.random.default_rng([seed, 1])
     rest = np.setdiff1d(np.arange(n), drawn.positions)
     passes = math.ceil(wanted / len(rest))
@@ -591,7 +591,7 @@ def _check_model(model):
 
 
 def _as_data(x, y, batch_size, sample_weight, class_weight):
-    """What `probe.draw_rows` reads, and can read twice."""
+    """What `sampling.draw_rows` reads, and can read twice."""
     if class_weight is not None:
         if not isinstance(class_weight, dict):
             raise TypeError(

@@ -35,39 +35,52 @@ class Rollback:
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def keep(self, output, infos):
+    def judge(self, output, infos, loss: float) -> str | None:
+        """What is wrong with the training, in words; else keeps the present weights.
+
+        Args:
+            output: `Information` at the output.
+            infos: `Information` for each rate.
+            loss: The training loss.
+        """
+        values = self._values()
+        failure = self._failure(values, output, loss)
+        if failure is None:
+            self.keep(output, infos, values)
+        return failure
+
+    def keep(self, output, infos, values=None):
         """Keeps the present weights, if they are as good as the best so far.
 
         Args:
             output: `Information` at the output.
             infos: `Information` for each rate.
+            values: The present weights, where they are at hand.
         """
         self._now = infos
+        values = self._values() if values is None else values
         if self._best is None:
             self._first = self._best = output
-            self._start = self._good = infos, self._values()
+            self._start = self._good = infos, values
         elif output.accessible >= self._best.accessible - output.noise:
-            self._good = infos, self._values()
+            self._good = infos, values
             if output.accessible > self._best.accessible:
                 self._best = output
             if self._half_is_known():
                 self._start = None
 
-    def failure(self, output, loss: float) -> str | None:
-        """What is wrong with the training, in words; None where nothing is.
-
-        Args:
-            output: `Information` at the output.
-            loss: The training loss.
-        """
-        weights_finite = _are_finite(self._model.trainable_variables)
+    def _failure(self, values, output, loss):
+        trained = {id(v) for v in self._model.trainable_variables}
+        weights = self._model.weights
+        of_model = zip(weights, values, strict=False)  # The optimizer's come after.
+        finite = _are_finite(value for v, value in of_model if id(v) in trained)
         # A loss scale skips the steps that are not finite, by design.
         scaled = isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer)
-        if not weights_finite or not (scaled or math.isfinite(loss)):
+        if not finite or not (scaled or math.isfinite(loss)):
             return "the loss or the weights are not finite"
         # Of a gradient whose square overflows, Adam keeps an infinite average: the
         # weights are what they were, and never change again.
-        if not _are_finite(self._model.optimizer.variables):
+        if not _are_finite(values[len(weights) :]):
             return "the optimizer's state is not finite"
         if self._best is None:
             return None
@@ -171,12 +184,8 @@ class Rollback:
         return [keras.ops.convert_to_numpy(v).copy() for v in self._variables()]
 
 
-def _are_finite(variables):
-    return all(
-        bool(keras.ops.all(keras.ops.isfinite(v)))
-        for v in variables
-        if keras.backend.is_float_dtype(v.dtype)
-    )
+def _are_finite(values):
+    return all(bool(np.all(np.isfinite(value))) for value in values)
 
 
 def _replaced(present, arrays, name):

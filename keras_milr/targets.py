@@ -431,25 +431,27 @@ def _check_binary(labels, target):
 
 
 def _check_one_hot(labels, target):
-    one_hot = _is_one_hot(labels)
-    if not np.all(one_hot):
-        row = int(np.argmin(one_hot.reshape(-1)))
-        raise ValueError(
-            f"Labels of shape {labels.shape} must be one-hot: one 1 in each row, "
-            "otherwise 0. For others pass `targets='soft'`, 'multi_label' or "
-            "'continuous'. "
-            f"Received row {row}: {labels.reshape(-1, target.units)[row]}"
-        )
+    _check_rows(
+        *(labels, target, _is_one_hot(labels)),
+        "one-hot: one 1 in each row, otherwise 0. For others pass `targets='soft'`, "
+        "'multi_label' or 'continuous'",
+    )
 
 
 def _check_soft(labels, target):
-    adds_up = _adds_up(labels)
-    if not np.all(adds_up):
-        row = int(np.argmin(adds_up.reshape(-1)))
+    _check_rows(
+        *(labels, target, _adds_up(labels)),
+        "one-hot, or soft: shares that add up to 1 in each row. Where several classes "
+        "may be true at once, compile with a binary cross-entropy, or pass "
+        "`targets='multi_label'`",
+    )
+
+
+def _check_rows(labels, target, fits, expected):
+    if not np.all(fits):
+        row = int(np.argmin(fits.reshape(-1)))
         raise ValueError(
-            f"Labels of shape {labels.shape} must be one-hot, or soft: shares that add "
-            "up to 1 in each row. Where several classes may be true at once, compile "
-            "with a binary cross-entropy, or pass `targets='multi_label'`. "
+            f"Labels of shape {labels.shape} must be {expected}. "
             f"Received row {row}: {labels.reshape(-1, target.units)[row]}"
         )
 

@@ -135,10 +135,11 @@ def cnn(images, kernel, bias, hidden, shift, out):
     return first, second, np.exp(logits - logsumexp(logits, axis=1, keepdims=True))
 
 
-def bin_ids(unit, bins):
+def bin_ids(unit, bins, edges=None):
     """Bins of equal mass, then one for zeros and one for what is not finite."""
     edged = np.sort(unit[np.isfinite(unit) & (unit != 0)])
-    edges = [edged[len(edged) * i // bins] for i in range(1, bins) if len(edged)]
+    if edges is None:
+        edges = [edged[len(edged) * i // bins] for i in range(1, bins) if len(edged)]
     ids = np.digitize(unit, edges)
     ids[unit == 0] = bins
     ids[~np.isfinite(unit)] = bins + 1

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
-from keras_milr import backend, layers, probe
+from keras_milr import backend, layers, probe, sampling
 from keras_milr.readouts import LinearReadout, Predictions
 from tests import backends, reference
 
@@ -60,7 +60,7 @@ def test_readings_are_those_of_plain_numpy(digits):
     )
     model.compile("adam", "sparse_categorical_crossentropy")
     model.set_weights(weights)
-    sample = probe.draw_sample((images[..., None], y), model, 10_000)
+    sample = sampling.draw_sample((images[..., None], y), model, 10_000)
     groups = layers.choose(model, ["conv", "hidden"])
     measuring = probe.Probe(model, sample, Predictions(), groups, LinearReadout())
     output, by_layer = measuring.measure()
@@ -354,7 +354,7 @@ def test_modules_of_pytorch_are_in_inference_mode_and_left_as_they_were(digits):
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(*digits, epochs=1, verbose=0)
     for training in (True, False):
-        sample = probe.draw_sample(digits, model, 500)
+        sample = sampling.draw_sample(digits, model, 500)
         model.train(training)
         model.drop.train(not training)
         modes = [module.training for module in model.modules()]
@@ -376,7 +376,7 @@ def test_modules_of_pytorch_are_in_inference_mode_and_left_as_they_were(digits):
 @pytest.mark.backends("torch", reason="its tensors know gradients")
 def test_a_reading_leaves_no_gradients(digits):
     model = make_model()
-    sample = probe.draw_sample(digits, model, 500)
+    sample = sampling.draw_sample(digits, model, 500)
     probe.Probe(
         *(model, sample, Predictions()), layers.choose(model, "all"), LinearReadout()
     ).measure()

@@ -282,6 +282,20 @@ def test_predictions(from_logits, outputs, labels, num_classes):
         assert info.bound_stderr >= 0 or math.isnan(info.bound)
 
 
+def try_layer_readout(cls, arguments, layer, labels, num_classes):
+    name = f"readouts.{cls.__name__}"
+    readout = tried(name, lambda: cls(**arguments), *arguments)
+    if readout is None:
+        return
+    info = tried(
+        f"{name}.measure",
+        lambda: readout.measure(layer, labels, num_classes),
+        *("activations", "features", "class_ids", "num_classes"),
+    )
+    if info is not None:
+        check_information(info)
+
+
 @fuzz(60)
 @given(
     mostly(st.sampled_from([1, 256])),
@@ -289,20 +303,8 @@ def test_predictions(from_logits, outputs, labels, num_classes):
     *(activations, class_ids, classes),
 )
 def test_linear_readout(sketch, seed, layer, labels, num_classes):
-    readout = tried(
-        "readouts.LinearReadout",
-        lambda: readouts.LinearReadout(sketch, seed),
-        *("sketch", "seed"),
-    )
-    if readout is None:
-        return
-    info = tried(
-        "readouts.LinearReadout.measure",
-        lambda: readout.measure(layer, labels, num_classes),
-        *("activations", "features", "class_ids", "num_classes"),
-    )
-    if info is not None:
-        check_information(info)
+    arguments = {"sketch": sketch, "seed": seed}
+    try_layer_readout(readouts.LinearReadout, arguments, layer, labels, num_classes)
 
 
 @fuzz(60)
@@ -312,20 +314,8 @@ def test_linear_readout(sketch, seed, layer, labels, num_classes):
     *(activations, class_ids, classes),
 )
 def test_unit_histogram(bins, reduce, layer, labels, num_classes):
-    readout = tried(
-        "readouts.UnitHistogram",
-        lambda: readouts.UnitHistogram(bins, reduce),
-        *("bins", "reduce"),
-    )
-    if readout is None:
-        return
-    info = tried(
-        "readouts.UnitHistogram.measure",
-        lambda: readout.measure(layer, labels, num_classes),
-        *("activations", "features", "class_ids", "num_classes"),
-    )
-    if info is not None:
-        check_information(info)
+    arguments = {"bins": bins, "reduce": reduce}
+    try_layer_readout(readouts.UnitHistogram, arguments, layer, labels, num_classes)
 
 
 # ---------------------------------------------------------------------------- policies

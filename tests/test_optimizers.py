@@ -153,8 +153,9 @@ class TestExact:
             model = make_model(wrap(make_optimizer(name, weight_decay=0.01)))
             fit(model, data)
             weights.append(model.get_weights())
+        rounded = 1e-7 if NAME == "tensorflow" else 1e-6
         exact = NAME == "tensorflow" and name not in ROUNDED
-        assert distance(*weights) <= (0 if exact else 1e-6)
+        assert distance(*weights) <= (0 if exact else rounded)
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_a_multiplier_of_0_freezes(self, name):
@@ -213,7 +214,7 @@ class TestExact:
             step(LayerwiseOptimizer(make(0.01), {".*": 0.1}), grads, rates.variables)
             step(make(0.01), [0.1 * g for g in grads], scaled.variables)
             found[name] = distance(rates.get_weights(), scaled.get_weights())
-        assert found["SGD"] < 1e-7
+        assert found["SGD"] < (1e-8 if NAME == "tensorflow" else 1e-7)
         assert found["Adam"] > 0.005
 
     @pytest.mark.backends("tensorflow", reason="only it has sparse gradients")

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
-from keras_milr import layers, probe
+from keras_milr import layers, probe, sampling
 from keras_milr.readouts import LinearReadout, Predictions, UnitHistogram
 from tests.backends import TORCH_COMPILE
 
@@ -35,10 +35,6 @@ def make_model(features=64, classes=10, **compile_arguments):
     return model
 
 
-def draw(data, size=500, seed=0, **model_arguments):
-    return probe.draw_sample(data, make_model(**model_arguments), size, seed)
-
-
 def state_of(model):
     """Everything that a measurement could change."""
     seeds = [v for layer in model.layers for v in layer.variables]
@@ -46,200 +42,12 @@ def state_of(model):
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]
 
 
-class TestSample:
-    def test_each_class_has_its_share(self):
-        rng = np.random.default_rng(0)
-        y = rng.choice(3, 10_000, p=[0.9, 0.09, 0.01])
-        x = np.arange(10_000, dtype="float32")[:, None]
-        sample = draw((x, y), 1000, features=1, classes=3)
-        shares = 1000 * np.bincount(y) / 10_000
-        assert np.all(np.abs(np.bincount(sample.class_ids) - shares) <= 1)
-        assert len(sample.class_ids) == 1000
-        # The rows belong to their labels, and none came twice.
-        rows = sample.x[:, 0].astype(int)
-        np.testing.assert_array_equal(y[rows], sample.class_ids)
-        assert len(set(rows)) == 1000
-
-    def test_rare_classes_are_there(self):
-        y = np.zeros(5000, int)
-        y[:2], y[2] = 1, 2
-        sample = draw((np.zeros((5000, 1)), y), 100, features=1, classes=3)
-        np.testing.assert_array_equal(np.bincount(sample.class_ids), [98, 1, 1])
-
-    def test_a_class_is_sampled_uniformly(self):
-        """Each of 500 rows of a class comes up equally often in 400 draws of 100."""
-        x = np.arange(1000, dtype="float32")[:, None]
-        y = np.arange(1000) % 2
-        model = make_model(1, 2)
-        hits = np.zeros(1000)
-        for seed in range(400):
-            sample = probe.draw_sample((x, y), model, 100, seed)
-            hits[sample.x[:, 0].astype(int)] += 1
-        # Binomial(400, 0.1): mean 40, standard deviation 6; chi-squared over rows.
-        chi = np.sum((hits - 40) ** 2 / 36)
-        assert abs(chi - 1000) < 5 * np.sqrt(2000)
-
-    def test_the_seed_decides(self, digits):
-        first, again, other = draw(digits), draw(digits), draw(digits, seed=1)
-        np.testing.assert_array_equal(first.x, again.x)
-        assert not np.array_equal(first.x, other.x)
-
-    def test_small_data_are_taken_whole_and_in_order(self, digits):
-        x, y = digits[0][:300], digits[1][:300]
-        sample = draw((x, y))
-        np.testing.assert_array_equal(sample.x, x)
-        np.testing.assert_array_equal(sample.class_ids, y)
-
-    @pytest.mark.parametrize("sort", [False, True])
-    @pytest.mark.parametrize("batch", [7, 64, 1797])
-    def test_batching_does_not_matter(self, digits, batch, sort):
-        order = np.argsort(digits[1], kind="stable") if sort else slice(None)
-        x, y = digits[0][order], digits[1][order]
-        expected = draw((x, y), 60)
-        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch)
-        sample = draw(dataset, 60)
-        np.testing.assert_array_equal(sample.x, expected.x)
-        np.testing.assert_array_equal(sample.class_ids, expected.class_ids)
-
-    def test_kinds_of_data(self, digits):
-        x, y = digits
-        expected = draw((x, y))
-
-        class Batches(keras.utils.PyDataset):
-            def __len__(self):
-                return 18
-
-            def __getitem__(self, i):
-                return x[100 * i : 100 * (i + 1)], y[100 * i : 100 * (i + 1)]
-
-        for data in (
-            [x, y],
-            (keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)),
-            (x, np.eye(10)[y]),
-            Batches(),
-            ((x[i : i + 100], y[i : i + 100]) for i in range(0, len(x), 100)),
-            tf.data.Dataset.from_tensor_slices((x, y)).batch(100).prefetch(1),
-        ):
-            sample = draw(data)
-            np.testing.assert_array_equal(sample.x, expected.x)
-            np.testing.assert_array_equal(sample.class_ids, expected.class_ids)
-
-    def test_rows_keep_labels_weights_and_positions(self, digits):
-        x, y = digits
-        labels, weight = np.eye(10, dtype="float32")[y], np.arange(1.0, len(y) + 1)
-        data = tf.data.Dataset.from_tensor_slices((x, labels, weight)).batch(100)
-        rows = probe.draw_rows(data, make_model(), 300, seed=0)
-        assert np.all(np.diff(rows.positions) > 0)
-        np.testing.assert_array_equal(rows.x, x[rows.positions])
-        np.testing.assert_array_equal(rows.y, labels[rows.positions])
-        np.testing.assert_array_equal(rows.sample_weight, weight[rows.positions])
-        np.testing.assert_array_equal(rows.class_ids, y[rows.positions])
-        assert rows.batch_sizes == [100] * 17 + [97]
-
-    @pytest.mark.parametrize("loss", ["mse", "binary_crossentropy"])
-    @pytest.mark.parametrize("batch", [7, 1797])
-    def test_batching_does_not_matter_without_classes(self, digits, loss, batch):
-        x = digits[0]
-        labels = x[:, 20:21] + x[:, 30:31] if loss == "mse" else x[:, 20:24] > 0.5
-        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
-        if loss != "mse":
-            model.add(keras.layers.Dense(4, activation="sigmoid"))
-        model.compile("sgd", loss)
-        expected = probe.draw_sample((x, labels), model, 60)
-        assert len(expected.class_ids) == 60
-        dataset = tf.data.Dataset.from_tensor_slices((x, labels)).batch(batch)
-        sample = probe.draw_sample(dataset, model, 60)
-        np.testing.assert_array_equal(sample.x, expected.x)
-        np.testing.assert_array_equal(sample.class_ids, expected.class_ids)
-
-    @pytest.mark.parametrize("classes", [3, 20_000])
-    def test_memory_stays_bounded(self, classes):
-        longest = 0
-
-        def batches():
-            rng = np.random.default_rng(0)
-            for _ in range(200):
-                yield np.zeros((100, 1)), rng.integers(0, classes, 100)
-
-        class Watched(probe._Pool):
-            def add(self, *args):
-                nonlocal longest
-                super().add(*args)
-                longest = max(longest, len(self))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probe, "_Pool", Watched)
-            sample = draw(batches(), 50, features=1, classes=classes)
-        assert len(sample.class_ids) == 50
-        assert longest <= 4 * 50 + 16 * 3 + 100
-
-
-class TestBadData:
-    x, y = np.zeros((20, 1), "float32"), np.arange(20) % 2
-
-    def raises(self, data, message, size=10, error=ValueError):
-        with pytest.raises(error, match=f"(?s){message}"):
-            draw(data, size, features=1, classes=2)
-
-    def test_lengths(self):
-        self.raises((self.x, self.y[:-1]), r"same length.*\(20, 1\).*\(19,\)")
-        self.raises((self.x, self.y, np.ones(19)), "same length")
-
-    def test_empty(self):
-        self.raises((self.x[:0], self.y[:0]), "`probe_data` is empty")
-        self.raises(iter(()), "`probe_data` is empty")
-
-    def test_no_labels(self):
-        dataset = tf.data.Dataset.from_tensor_slices(self.x).batch(5)
-        for data in (self.x, (self.x,), (self.x, None), {"x": self.x}, dataset):
-            self.raises(data, "must have labels")
-
-    def test_labels_beyond_the_outputs(self):
-        self.raises((self.x, self.y + 1), r"whole numbers in \[0, 2\)")
-        self.raises((self.x, self.y - 1), r"whole numbers in \[0, 2\).*-1")
-
-    def test_a_single_class(self):
-        self.raises((self.x, np.ones(20)), "at least two classes.*class 1 only")
-
-    def test_inputs_that_are_not_finite(self):
-        for bad in (np.nan, np.inf):
-            x = self.x.copy()
-            x[3] = bad
-            self.raises((x, self.y), r"must be finite.*1 NaN or infinite")
-
-    def test_too_small_for_the_classes(self):
-        self.raises((self.x, self.y), "at least 2 for each class.*probe_size=3", 3)
-
-    def test_ragged(self):
-        batches = [(np.zeros((4, n)), np.arange(4) % 2) for n in (1, 2)]
-        self.raises(iter(batches), "must have the same shapes.*pad them")
-        self.raises(batches, "must hold arrays")
-
-    def test_infinite_dataset(self):
-        dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y)).batch(5)
-        self.raises(dataset.repeat(), "must be finite.*repeats")
-
-    def test_unbatched_dataset(self):
-        dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y))
-        self.raises(dataset, "must come in batches")
-
-    def test_weights(self):
-        self.raises((self.x, self.y, -np.ones(20)), "weights.*finite and not negative")
-        self.raises((self.x, self.y, np.ones((20, 1))), r"weights.*shape \(n,\)")
-        self.raises((self.x, self.y, np.full(20, "w")), "weights.*finite")
-        self.raises((self.x, self.y, np.zeros(20)), "above 0 in at least two classes")
-        self.raises((self.x, self.y, self.y), "above 0 in at least two classes")
-
-    def test_nothing_like_data(self):
-        self.raises(3, "must be.*of type int", error=TypeError)
-
-
 class TestProbe:
     def test_equals_scikit_learn_on_predict(self, digits):
         """A probe of all data reads what sklearn reads off `model.predict`."""
         model = make_model()
         model.fit(*digits, epochs=2, verbose=0)
-        sample = probe.draw_sample(digits, model, 10_000)
+        sample = sampling.draw_sample(digits, model, 10_000)
         info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(digits[0], verbose=0)
         assert info.raw == pytest.approx(
@@ -273,7 +81,7 @@ class TestProbe:
         )
         model.fit(*digits, epochs=1, verbose=0)
         before = state_of(model)
-        sample = probe.draw_sample(digits, model, 500)
+        sample = sampling.draw_sample(digits, model, 500)
         probe.Probe(model, sample, Predictions()).measure()[0]
         for old, new in zip(before, state_of(model), strict=True):
             np.testing.assert_array_equal(old, new)
@@ -289,7 +97,7 @@ class TestProbe:
 
         model = keras.Sequential([keras.Input((64,)), Traced(), make_model()])
         model.compile("adam", "sparse_categorical_crossentropy")
-        sample = probe.draw_sample(digits, model, 700)  # no multiple of a batch
+        sample = sampling.draw_sample(digits, model, 700)  # no multiple of a batch
         measuring = probe.Probe(model, sample, Predictions())
         first = measuring.measure()[0]
         traces.clear()
@@ -306,7 +114,7 @@ class TestProbe:
             model = make_model()
         finally:
             keras.config.set_dtype_policy("float32")
-        sample = probe.draw_sample(digits, model, 10_000)
+        sample = sampling.draw_sample(digits, model, 10_000)
         info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(digits[0], verbose=0).astype("float32")
         # 1,797 samples: bfloat16 could not count beyond 256.
@@ -320,9 +128,9 @@ class TestProbe:
         weight = np.random.default_rng(0).integers(1, 4, 301).astype("float32")
         model = make_model()
         rows = np.repeat(np.arange(301), weight.astype(int))
-        weighted = probe.draw_sample((x, y, weight), model, 301)
-        scaled = probe.draw_sample((x, y, 1e-4 * weight), model, 301)
-        repeated = probe.draw_sample((x[rows], y[rows]), model, 10_000)
+        weighted = sampling.draw_sample((x, y, weight), model, 301)
+        scaled = sampling.draw_sample((x, y, 1e-4 * weight), model, 301)
+        repeated = sampling.draw_sample((x[rows], y[rows]), model, 10_000)
         first, second, third = (
             probe.Probe(model, sample, Predictions()).measure()[0]
             for sample in (weighted, scaled, repeated)
@@ -343,7 +151,7 @@ class TestProbe:
         outputs = keras.layers.Dense(10, activation="softmax")(inputs)
         model = keras.Model(inputs, outputs)
         model.compile("adam", "sparse_categorical_crossentropy")
-        sample = probe.draw_sample(digits, model, 500)
+        sample = sampling.draw_sample(digits, model, 500)
         assert probe.Probe(model, sample, Predictions()).measure()[0].value > 0
 
     def test_several_inputs(self, digits):
@@ -354,7 +162,7 @@ class TestProbe:
         model = keras.Model({"left": left, "right": right}, outputs)
         model.compile("adam", "sparse_categorical_crossentropy")
         inputs = {"left": x[:, :32], "right": x[:, 32:]}
-        sample = probe.draw_sample((inputs, y), model, 10_000)
+        sample = sampling.draw_sample((inputs, y), model, 10_000)
         info = probe.Probe(model, sample, Predictions()).measure()[0]
         predicted = model.predict(inputs, verbose=0).argmax(axis=1)
         assert info.raw == pytest.approx(mutual_info_score(y, predicted), abs=1e-5)
@@ -364,7 +172,7 @@ class TestProbe:
         total = keras.layers.Lambda(lambda x: keras.ops.sum(x))(inputs)
         model = keras.Model(inputs, total)
         with pytest.raises(ValueError, match=r"outputs have shape \(n, ..., units\)"):
-            probe.draw_sample((np.zeros((4, 64)), np.arange(4) % 2), model)
+            sampling.draw_sample((np.zeros((4, 64)), np.arange(4) % 2), model)
 
 
 def make_cnn(**compile_arguments):
@@ -405,7 +213,7 @@ class Subclassed(keras.Model):
 
 
 def layer_probe(model, data, chosen="all", readout=None, size=10_000):
-    sample = probe.draw_sample(data, model, size)
+    sample = sampling.draw_sample(data, model, size)
     groups = layers.choose(model, chosen)
     return probe.Probe(model, sample, Predictions(), groups, readout or LinearReadout())
 
@@ -431,7 +239,7 @@ class TestLayers:
             activations = keras.Model(model.inputs[0], layer).predict(x, verbose=0)
             assert_same(info, readout.measure(activations, y, 10))
         (alone, nothing) = probe.Probe(
-            model, probe.draw_sample((x, y), model, 603), Predictions()
+            model, sampling.draw_sample((x, y), model, 603), Predictions()
         ).measure()
         assert_same(output, alone)
         assert nothing == []
@@ -588,6 +396,6 @@ class TestLayers:
 def test_logits_are_read_off_the_loss(loss, expected):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     model.compile("sgd", loss)
-    sample = probe.draw_sample((np.zeros((6, 4)), np.arange(6) % 3), model)
+    sample = sampling.draw_sample((np.zeros((6, 4)), np.arange(6) % 3), model)
     readout = probe.output_readout(sample.labels[0].target)
     assert readout.from_logits is expected

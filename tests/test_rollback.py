@@ -8,7 +8,7 @@ import keras_milr
 from keras_milr import rates
 from keras_milr.readouts import Information, Predictions
 from keras_milr.rollback import MOST, Rollback, collapse
-from tests import backends
+from tests.backends import DRAWN, NAME
 
 H = np.log(10)
 
@@ -151,7 +151,7 @@ def test_to_the_start_while_little_is_known(digits):
         np.testing.assert_array_equal(now, then)
 
 
-@pytest.mark.backends("tensorflow", reason=backends.DRAWN)
+@pytest.mark.backends("tensorflow", reason=DRAWN)
 @pytest.mark.parametrize("rate", [1.0, 10.0])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
 def test_a_start_far_too_high_ends_trained(name, rate, digits):
@@ -231,7 +231,8 @@ def test_switched_off(digits):
     model = make_model()
     callback = keras_milr.MutualInformationLR(keep, probe_data=digits, rollback=False)
     model.fit(*digits, epochs=2, verbose=0, callbacks=[callback, Poison(1)])
-    assert np.isnan(model.get_weights()[0]).any()
+    lost = np.isnan(model.get_weights()[0])
+    assert lost.all() if NAME == "tensorflow" else lost.any()
     assert [r["rollbacks"] for r in callback.history] == [0, 0, 0]
 
 
@@ -270,7 +271,7 @@ def test_a_model_without_weights_at_the_start(digits):
         model = fit([Poison(2)])
     assert np.all(np.isfinite(model.get_weights()[0]))
 
-    if backends.NAME != "tensorflow":  # The others build the model before.
+    if NAME != "tensorflow":  # The others build the model before.
         return
 
     class Early(keras.callbacks.Callback):

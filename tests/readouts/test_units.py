@@ -64,7 +64,10 @@ def test_edges_of_a_sample_read_as_much():
     """Beyond 2,048 samples the edges lie at the quantiles of so many of them."""
     x, labels = layer(n=20_000)
     info = UnitHistogram(reduce=None).measure(x, labels, 5)
+    edges = units.edges(keras.ops.convert_to_tensor(x), np.ones(len(x)), 16)
     for j, unit in enumerate(x.T):
+        cut = reference.bin_ids(unit, 16, edges[:, j])
+        assert info.raw[j] == pytest.approx(mutual_info_score(cut, labels), abs=1e-9)
         ids = reference.bin_ids(unit, 16)
         table = reference.contingency(ids, labels, 18, 5)
         value = reference.mutual_information(table, "miller_madow")

@@ -1,0 +1,545 @@
+"""A fixed sample of labelled data, drawn in one pass: what a model is measured on."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_milr import outputs, targets
+from keras_milr._arguments import naming
+
+
+class Labels(NamedTuple):
+    """Labels of one output, as class ids.
+
+    Attributes:
+        name: The output's name.
+        index: Its place among the outputs of the model.
+        share: Its weight in the mean over outputs.
+        target: What the output is asked.
+        class_ids: int32 ids, shape `(n, ...)` with the positions of the target, or
+            `(n, ..., columns)` where each unit is a question of its own.
+        sample_weight: float32 weights of shape `(n, ...)`, or None. Without positions
+            they add up to the effective number of samples, (Σw)² / Σw², so that errors
+            and biases that depend on it do not depend on the scale of the weights. With
+            positions the mask of the output comes in first; see
+            `probe.Probe`.
+    """
+
+    name: str
+    index: int
+    share: float
+    target: targets.Target
+    class_ids: np.ndarray
+    sample_weight: np.ndarray | None
+
+
+class Sample(NamedTuple):
+    """Labelled samples to measure on.
+
+    Attributes:
+        x: Array, or list, tuple or dict of arrays, of length n.
+        labels: List of `Labels`, one for each output that is read.
+        signature: What of the model they were read for; see `outputs.signature`.
+        notes: What is left out and why, in sentences.
+    """
+
+    x: Any
+    labels: list[Labels]
+    signature: list
+    notes: list[str]
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """Those of the only output, or of the first."""
+        return self.labels[0].class_ids
+
+    @property
+    def sample_weight(self) -> np.ndarray | None:
+        """Those of the only output, or of the first."""
+        return self.labels[0].sample_weight
+
+
+class Rows(NamedTuple):
+    """Labelled rows drawn from data, as `fit` would be given them.
+
+    Attributes:
+        x: Array, or structure of arrays, of length n.
+        y: Labels of any kind, of length n, or a structure of them.
+        sample_weight: Weights as they came, or None.
+        labels: List of `Labels`, one for each output that is read.
+        positions: The rows' positions in the data, shape `(n,)`, ascending.
+        strata: Number of classes that the draw gave their share each, or 1.
+        signature: What of the model they were read for; see `outputs.signature`.
+        notes: What is left out and why, in sentences.
+        batch_sizes: Numbers of rows in the batches of the data, all of them.
+    """
+
+    x: Any
+    y: Any
+    sample_weight: Any
+    labels: list[Labels]
+    positions: np.ndarray
+    strata: int
+    signature: list
+    notes: list[str]
+    batch_sizes: list[int]
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """Those of the only output, or of the first."""
+        return self.labels[0].class_ids
+
+    def sample(self) -> Sample:
+        """The rows to measure on."""
+        return Sample(self.x, self.labels, self.signature, self.notes)
+
+
+def draw_sample(
+    data, model, size: int = 2048, seed: int = 0, output=None, kind="auto"
+) -> Sample:
+    """Draws a class-stratified sample in one pass over the data.
+
+    Each class gets its share of the data, and at least one sample; of a continuous
+    target, each bin. Where a sample has many labels (positions, several labels, targets
+    or outputs) or there are more than `targets.MANY` classes, it is drawn at random.
+    The draw depends on the seed and on the order of the data, not on how they are
+    batched.
+
+    Args:
+        data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
+            batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, a
+            generator.
+        model: The built `keras.Model` to measure; its outputs and losses say how labels
+            are read.
+        size: Number of samples to draw; all of them where there are no more.
+        seed: Integer seed.
+        output: Name of the output to read. Defaults to all that have a loss.
+        kind: Kind of the labels, see `keras_milr.targets`, or a dict from the names of
+            outputs to kinds. Defaults to `"auto"`.
+
+    Returns:
+        A `Sample`, in the order of the data.
+
+    Raises:
+        ValueError: for data without labels, of unequal lengths, empty, infinite or of
+            one class only; for labels that do not fit the outputs; for inputs that are
+            not finite; for a `size` below 2 for each class.
+    """
+    return draw_rows(data, model, size, seed, output, kind).sample()
+
+
+def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Rows:
+    """Draws the rows of a sample, with their labels and weights as they came.
+
+    See `draw_sample`.
+    """
+    rng, size = np.random.default_rng(seed), int(size)
+    pool, batch_sizes = None, []
+    for x, y, sample_weight in batches(data):
+        n = check_lengths(x, y, sample_weight)
+        if n == 0:
+            continue
+        if pool is None:
+            plan = _Plan(model, x, y, output, kind)
+            pool = _Pool(plan.classes)
+        ids = plan.checked(y, sample_weight)
+        _check_finite(x)
+        rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
+        batch_sizes.append(n)
+        if sample_weight is not None:
+            rows["sample_weight"] = sample_weight
+        pool.add(rows, ids, rng.random(n))
+        # Memory stays bounded by the sample. Twice the share keeps whatever the
+        # final draw will want, but for a chance that is negligible.
+        if len(pool) > 4 * size + 16 * plan.classes:
+            pool.keep(2.0 * size * pool.counts / pool.counts.sum() + 4)
+    if pool is None:
+        raise ValueError("Argument `probe_data` is empty. Received: no samples")
+    present = np.count_nonzero(pool.counts)
+    if plan.classes > 1 and present == 1:
+        raise ValueError(
+            "Argument `probe_data` must have at least two classes: labels of a single "
+            "class have no entropy, and nothing can be known about them. "
+            f"Received: class {int(np.argmax(pool.counts))} only"
+        )
+    if plan.classes > 1 and size < 2 * present:
+        raise ValueError(
+            "Argument `probe_size` must be at least 2 for each class. Received: "
+            f"probe_size={size} for {present} classes"
+        )
+    if plan.bins:
+        # Bins are not known before the targets are.
+        pool.keep([2 * size])
+        pool.stratify(plan.bin_ids(pool.rows()[0]["y"]))
+    pool.keep(_shares(pool.counts, size))
+    rows, _ = pool.rows()
+    y, weight = rows["y"], rows.get("sample_weight")
+    return Rows(
+        rows["x"],
+        y,
+        weight,
+        plan.labels(y, weight),
+        rows["position"],
+        max(present, 1),
+        plan.signature,
+        plan.notes,
+        batch_sizes,
+    )
+
+
+class _Plan:
+    """Which outputs of a model are read, and as what.
+
+    Args:
+        model: A `keras.Model`.
+        x: Inputs of some samples.
+        y: Their labels, as `fit` takes them.
+        output: See `draw_sample`; so is `kind`.
+        kind: A kind, or a dict.
+    """
+
+    def __init__(self, model, x, y, output, kind):
+        self._all = outputs.outputs_of(model, x)
+        self.signature = outputs.signature(self._all)
+        self.notes = []
+        self._outputs, self._targets = [], []
+        names = [one.name for one in self._all]
+        if isinstance(kind, dict):
+            outputs.by_output(kind, names, "kinds in `targets`")
+        found = outputs.labels_of(y, self._all)
+        several = outputs.chosen(self._all, output)
+        for one in several:
+            given = kind.get(one.name, "auto") if isinstance(kind, dict) else kind
+            try:
+                if found[one.index] is None:
+                    raise ValueError(f"There are no labels for output {one.name!r}")
+                with naming("probe_data"):
+                    target = targets.detect(
+                        one.loss, found[one.index], one.values, given
+                    )
+            except ValueError as error:
+                if len(several) == 1 or given != "auto":
+                    raise
+                self._leave_out(one, error)
+                continue
+            self._outputs.append(one)
+            self._targets.append(target)
+        self._check_any()
+        only = self._targets[0] if len(self._targets) == 1 else None
+        per_sample = only is not None and not only.positions
+        self.classes = 1
+        if per_sample and not only.by_unit and only.num_classes <= targets.MANY:
+            self.classes = only.num_classes
+        self.bins = per_sample and only.kind == "continuous" and only.units == 1
+        self._seen = [
+            None
+            if target.by_unit or target.num_classes <= targets.MANY
+            else np.zeros(target.num_classes)
+            for target in self._targets
+        ]
+
+    def checked(self, y, weight):
+        """Checks labels and weights of a batch; ids of the classes to share out."""
+        rows = [self._ids(*row) for row in self._each(y, weight)]
+        for seen, (ids, weights) in zip(self._seen, rows, strict=True):
+            if seen is not None:
+                flat = None if weights is None else weights.reshape(-1)
+                seen += np.bincount(ids.reshape(-1), flat, minlength=len(seen))
+        ids = rows[0][0]
+        return ids if self.classes > 1 else np.zeros(len(ids), "int32")
+
+    def bin_ids(self, y):
+        """Ids of the bins of the only target, which each shall have their share."""
+        values, _ = self._ids(*next(self._each(y, None)))
+        counted = np.ones(len(values), bool)
+        target, ids = targets.settled(self._targets[0], values, counted, len(values))
+        return ids[:, 0] if len(target.columns) else np.zeros(len(values), "int32")
+
+    def labels(self, y, weight) -> list[Labels]:
+        """The labels of the sample."""
+        found, rows = [], list(self._each(y, weight))
+        for one, seen, row in zip(self._outputs, self._seen, rows, strict=True):
+            target = row[0]
+            if seen is not None:
+                target = target._replace(shares=seen / max(seen.sum(), 1e-30))
+            ids, weights = self._ids(*row)
+            counted = np.ones(ids.shape[: 1 + len(target.positions)], bool)
+            samples = len(ids)
+            if weights is not None:
+                counted = weights > 0
+                of_sample = weights.reshape(len(ids), -1).sum(axis=1, dtype="float64")
+                total, square = of_sample.sum(), (of_sample**2).sum()
+                samples = total**2 / max(square, 1e-30)
+                if not target.positions and total > 0:
+                    weights = weights * np.float32(total / square)
+            target, ids = targets.settled(target, ids, counted, samples)
+            try:
+                self._check_varied(target, ids[counted], weight)
+            except ValueError as error:
+                if len(rows) == 1:
+                    raise
+                self._leave_out(one, error)
+                continue
+            if target.by_unit and len(target.columns) < target.units:
+                without = sorted(set(range(target.units)) - set(target.columns))
+                self.notes.append(
+                    f"Output {one.name!r}: labels that are the same in all of the "
+                    f"probe are left out. Received: {_listed(without)}"
+                )
+            found.append(Labels(one.name, one.index, one.weight, target, ids, weights))
+        self._check_any(found)
+        return found
+
+    def _each(self, y, weight):
+        """Target, labels and weights of each output."""
+        labels = outputs.labels_of(y, self._all)
+        if keras.tree.is_nested(weight):
+            weights = outputs.labels_of(
+                weight, self._all, "sample weights in `probe_data`"
+            )
+        else:
+            weights = [weight] * len(self._all)
+        for one, target in zip(self._outputs, self._targets, strict=True):
+            if labels[one.index] is None:
+                raise ValueError(f"There are no labels for output {one.name!r}")
+            yield target, labels[one.index], weights[one.index]
+
+    def _ids(self, target, labels, weight):
+        """Ids, or targets, and weights for each position, or None."""
+        shape = (len(labels), *target.positions)
+        if weight is not None:
+            # Keras' own losses take (n, 1) for all positions of a sample, not (n,).
+            axes = weight.shape[1:] + (1,) * (len(shape) - weight.ndim)
+            pairs = zip(axes, target.positions, strict=False)
+            fits = len(axes) == len(target.positions)
+            if not fits or any(size not in (1, full) for size, full in pairs):
+                also = f" or (n, {', '.join(map(str, target.positions))})"
+                raise ValueError(
+                    "The sample weights of `probe_data` must have shape (n,)"
+                    f"{also if target.positions else ''}. Received: {weight.shape}"
+                )
+            weight = weight.reshape(len(labels), *axes)
+            weight = np.broadcast_to(weight, shape).astype("float32")
+        if target.ignore_class is not None and labels.size == np.prod(shape):
+            ignored = labels.reshape(shape) == target.ignore_class
+            if np.any(ignored):
+                weight = np.ones(shape, "float32") if weight is None else weight
+                weight = np.where(ignored, np.float32(0), weight)
+        # Labels in padding may be anything; those of whole samples may not.
+        masked = target.positions or target.ignore_class is not None
+        counted = weight > 0 if weight is not None and masked else None
+        with naming("probe_data"):
+            return targets.checked_ids(labels, target, counted), weight
+
+    def _check_varied(self, target, ids, weight):
+        if target.by_unit:
+            if len(target.columns) == 0:
+                raise ValueError(
+                    "Argument `probe_data` must have labels that vary: those that are "
+                    "all the same have no entropy, and nothing can be known about "
+                    f"them. Received: {target.units} constant label(s)"
+                )
+        elif len(np.unique(ids)) < 2:
+            if weight is None:
+                raise ValueError(
+                    "Argument `probe_data` must have at least two classes. Received: "
+                    f"class {ids[:1]} only"
+                )
+            raise ValueError(
+                "The sample weights of `probe_data` must be above 0 in at least two "
+                "classes. Received: 0 in all others"
+            )
+
+    def _leave_out(self, one, error):
+        self.notes.append(f"Output {one.name!r} is not read: {error}")
+
+    def _check_any(self, found=None):
+        if not (self._outputs if found is None else found):
+            raise ValueError(
+                "None of the model's outputs can be read. " + " ".join(self.notes)
+            )
+
+
+def _listed(numbers, most=10):
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown + (", ..." if len(numbers) > most else "")
+
+
+class _Pool:
+    """Rows with random priorities; the lowest ones of each class are kept."""
+
+    def __init__(self, classes: int):
+        self.counts = np.zeros(classes, "int64")
+        self._chunks = []
+        self._ids = np.zeros(0, "int32")
+        self._priorities = np.zeros(0)
+
+    def __len__(self):
+        return len(self._ids)
+
+    def add(self, rows, ids, priorities):
+        if self._chunks:
+            first, here = (
+                [a.shape[1:] for a in keras.tree.flatten(chunk)]
+                for chunk in (self._chunks[0], rows)
+            )
+            if first != here:
+                raise ValueError(
+                    "All batches of `probe_data` must have the same shapes, except for "
+                    "the number of samples; pad them to one length. "
+                    f"Received: {first}, later {here}"
+                )
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        self._chunks.append(rows)
+        self._ids = np.concatenate([self._ids, ids])
+        self._priorities = np.concatenate([self._priorities, priorities])
+
+    def keep(self, quota):
+        """Drops all but the `quota[c]` lowest priorities of each class c."""
+        order = np.lexsort((self._priorities, self._ids))
+        ids = self._ids[order]
+        rank = np.arange(len(ids)) - np.searchsorted(ids, ids)
+        chosen = np.sort(order[rank < np.asarray(quota)[ids]])
+        self._chunks = [self._take(chosen)]
+        self._ids, self._priorities = self._ids[chosen], self._priorities[chosen]
+
+    def stratify(self, ids):
+        """Gives the rows that are kept other classes."""
+        self.counts = np.bincount(ids)
+        self._ids = ids
+
+    def rows(self):
+        return self._chunks[0], self._ids
+
+    def _take(self, chosen):
+        lengths = [len(keras.tree.flatten(chunk)[0]) for chunk in self._chunks]
+        ends = np.cumsum(lengths)
+        parts = []
+        for chunk, end, length in zip(self._chunks, ends, lengths, strict=True):
+            local = chosen[(chosen >= end - length) & (chosen < end)] - (end - length)
+            parts.append(keras.tree.map_structure(lambda a, i=local: a[i], chunk))
+        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
+
+
+def _shares(counts, size):
+    """Whole numbers that add up to `size`, in proportion to `counts`, at least 1."""
+    if counts.sum() <= size:
+        return counts
+    exact = counts * (size / counts.sum())
+    shares = np.where(counts > 0, np.maximum(np.floor(exact), 1), 0).astype("int64")
+    # Largest remainders get what is left; over-full shares give back first.
+    while shares.sum() != size:
+        step = 1 if shares.sum() < size else -1
+        may_change = (counts > 0) & (shares + step > 0)
+        shares[np.argmax(np.where(may_change, step * (exact - shares), -np.inf))] += (
+            step
+        )
+    return shares
+
+
+def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
+    """Batches of (x, y, sample_weight) as NumPy, from whatever `data` is."""
+    if isinstance(data, (tuple, list)):
+        batches = [data]
+    elif isinstance(data, keras.utils.PyDataset):
+        if data.num_batches is None:
+            raise ValueError(
+                "Argument `probe_data` must be finite. Received a PyDataset whose "
+                "`num_batches` is None"
+            )
+        batches = (data[i] for i in range(data.num_batches))
+    elif isinstance(data, (np.ndarray, dict)) or keras.ops.is_tensor(data):
+        raise ValueError(
+            "Argument `probe_data` must have labels: (x, y), (x, y, sample_weight), or "
+            f"an iterable of such batches. Received: {type(data).__name__}"
+        )
+    elif hasattr(data, "__iter__"):
+        if hasattr(data, "cardinality") and int(data.cardinality()) == -1:
+            raise ValueError(
+                "Argument `probe_data` must be finite. Received a dataset that repeats "
+                "without end; pass it before `.repeat()`, or use `.take(steps)`."
+            )
+        batches = data
+    else:
+        raise TypeError(
+            "Argument `probe_data` must be (x, y), (x, y, sample_weight), or an "
+            "iterable of such batches (tf.data.Dataset, keras.utils.PyDataset, "
+            f"DataLoader, generator). Received: {data!r} of type {type(data).__name__}"
+        )
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            what = f"{type(batch).__name__}"
+            if isinstance(batch, (tuple, list)):
+                what += f" of {len(batch)}"
+            raise ValueError(
+                "Argument `probe_data` must have labels: (x, y) or "
+                f"(x, y, sample_weight). Received: {what}"
+            )
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
+        if y is None:
+            raise ValueError("Argument `probe_data` must have labels. Received: y=None")
+        x, y = keras.tree.map_structure(_array, x), _of_outputs(y)
+        if sample_weight is not None:
+            sample_weight = _of_outputs(sample_weight)
+        yield x, y, sample_weight
+
+
+def _of_outputs(y):
+    """Labels or weights as NumPy: a dict or list of arrays has those of each output."""
+    if isinstance(y, dict):
+        return {name: _array(a) for name, a in y.items() if a is not None}
+    listed = isinstance(y, (list, tuple)) and len(y) > 0
+    if listed and all(len(getattr(a, "shape", ())) > 0 for a in y):
+        return [_array(a) for a in y]
+    return _array(y)
+
+
+def _array(x):
+    """`x` as NumPy, in the types that Keras trains with."""
+    if keras.ops.is_tensor(x):  # Which may be on another device.
+        x = keras.ops.convert_to_numpy(x)
+    try:
+        x = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(
+            "Argument `probe_data` must hold arrays, (x, y) or (x, y, sample_weight). "
+            f"Received a {type(x).__name__} that is none: {error}"
+        ) from error
+    return x.astype(keras.config.floatx(), copy=False) if x.dtype.kind == "f" else x
+
+
+def check_lengths(x, y, sample_weight) -> int:
+    """Number of samples in a batch; ValueError for lengths that differ."""
+    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
+    weights = [] if sample_weight is None else keras.tree.flatten(sample_weight)
+    for weight in weights:
+        shapes.append(weight.shape)
+        number = weight.dtype.kind in "biuf"
+        if not number or not np.all((weight >= 0) & np.isfinite(weight)):
+            raise ValueError(
+                "The sample weights of `probe_data` must be finite and not negative. "
+                f"Received: {weight}"
+            )
+    if any(len(shape) == 0 for shape in shapes):
+        raise ValueError(
+            "Argument `probe_data` must come in batches. Received single samples; "
+            "use `dataset.batch(...)`."
+        )
+    if len({shape[0] for shape in shapes}) != 1:
+        raise ValueError(
+            "Inputs, labels and weights in `probe_data` must have the same length. "
+            f"Received: shapes {shapes}"
+        )
+    return shapes[0][0]
+
+
+def _check_finite(x):
+    for array in keras.tree.flatten(x):
+        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+            raise ValueError(
+                "The inputs in `probe_data` must be finite. Received an array of shape "
+                f"{array.shape} with {int(np.sum(~np.isfinite(array)))} NaN or "
+                "infinite value(s)"
+            )
