@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 LARGEST_SEED = 2**32 - 1  # of Keras
+LARGEST = float(np.finfo("float32").max)  # of what becomes a float32: a rate, say
 
 
 def check_number(

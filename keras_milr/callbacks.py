@@ -11,6 +11,7 @@ from absl import logging
 
 from keras_milr import policies, probe, rates, readouts, sampling
 from keras_milr._arguments import (
+    LARGEST,
     LARGEST_SEED,
     check_bool,
     check_integer,
@@ -27,7 +28,6 @@ from keras_milr.targets import check_kind
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _INFORMATION = readouts.Information._fields
 _NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
-_LARGEST = float(np.finfo("float32").max)  # of a learning rate
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -217,7 +217,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             check_integer("update_freq", update_freq, at_least=1, or_else="'epoch'")
         check_number("min_lr", min_lr, at_least=0)
         if max_lr is not None:
-            check_number("max_lr", max_lr, above=0, at_most=_LARGEST)
+            check_number("max_lr", max_lr, above=0, at_most=LARGEST)
             if min_lr > max_lr:
                 raise ValueError(
                     "Argument `min_lr` must not be above `max_lr`. "
@@ -228,7 +228,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             check_number(
                 *("learning_rate", learning_rate),
                 above=0,
-                at_most=_LARGEST,
+                at_most=LARGEST,
                 or_else="'auto'",
             )
         if auto and probe_data is None:
@@ -238,7 +238,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 "Received: learning_rate='auto', probe_data=None"
             )
         if reference is not None and not callable(reference):
-            check_number("reference", reference, above=0, at_most=_LARGEST)
+            check_number("reference", reference, above=0, at_most=LARGEST)
         if not isinstance(verbose, (int, np.integer)):
             raise TypeError(
                 "Argument `verbose` must be 0 or 1. "

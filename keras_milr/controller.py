@@ -4,9 +4,9 @@ import numbers
 
 import numpy as np
 
+from keras_milr._arguments import LARGEST
 from keras_milr.policies import Reading
 
-_LARGEST = float(np.finfo("float32").max)
 _ARRAYS = ("start", "peak", "previous", "best")
 
 
@@ -140,7 +140,7 @@ class Controller:
             return float(self._reference)
         reference = self._reference(info)
         number = isinstance(reference, numbers.Real)
-        if not number or not 0 < reference <= _LARGEST:
+        if not number or not 0 < reference <= LARGEST:
             raise ValueError(
                 "Argument `reference` must return a positive number of nats. "
                 f"Received: {reference!r}"

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, names
-from keras_milr._arguments import check_number
+from keras_milr._arguments import LARGEST, check_number
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -371,5 +371,4 @@ def _check_multipliers(multipliers):
             f"Received: multipliers={multipliers!r}"
         )
     for layer, value in multipliers.items():
-        limit = float(np.finfo("float32").max)
-        check_number(f"multipliers[{layer!r}]", value, at_least=0, at_most=limit)
+        check_number(f"multipliers[{layer!r}]", value, at_least=0, at_most=LARGEST)

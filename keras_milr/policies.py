@@ -18,7 +18,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_milr._arguments import check_integer, check_number
+from keras_milr._arguments import LARGEST, check_integer, check_number
 
 
 class Reading(NamedTuple):
@@ -54,7 +54,7 @@ class Reading(NamedTuple):
 
 Policy = Callable[[Reading], np.ndarray]
 
-_SINGLE = np.finfo("float32")  # in which rates are set
+_TINY = np.finfo("float32").tiny  # In float32 rates are set.
 
 
 class _Configured:
@@ -115,7 +115,7 @@ class RelativeChange(_Configured):
     ):
         check_number("expected", expected, at_least=0)
         check_number("floor", floor, above=0)
-        check_number("max_factor", max_factor, above=1, at_most=float(_SINGLE.max))
+        check_number("max_factor", max_factor, above=1, at_most=LARGEST)
         check_number("max_ratio", max_ratio, at_least=1)
         self.expected = expected
         self.floor = floor
@@ -125,7 +125,7 @@ class RelativeChange(_Configured):
     def __call__(self, reading: Reading) -> np.ndarray:
         reading = _checked(reading)
         base = np.maximum(reading.previous, self.floor * reading.reference)
-        base = np.maximum(base, np.maximum(reading.noise, _SINGLE.tiny))
+        base = np.maximum(base, np.maximum(reading.noise, _TINY))
         relative = _change(reading) / base
         factor = (1.0 + relative) / (1.0 + self.expected)
         factor = np.clip(factor, 1.0 / self.max_factor, self.max_factor)
@@ -151,7 +151,7 @@ class _MissingShare(_Configured):
     def _gain(self, reading: Reading):
         """Share gained of what was missing, and whether nothing is any more."""
         negligible = np.maximum(self.hold * reading.reference, reading.noise)
-        negligible = np.maximum(negligible, _SINGLE.tiny)
+        negligible = np.maximum(negligible, _TINY)
         before = reading.reference - reading.previous
         gain = _change(reading) / np.maximum(before, negligible)
         return gain, reading.reference - reading.information < negligible
@@ -411,7 +411,7 @@ def _checked(reading: Reading) -> Reading:
         number = getattr(reading, name)
         if number is not None or name != "steps":
             check_integer(f"reading.{name}", number, at_least=0)
-            if number > float(_SINGLE.max):
+            if number > LARGEST:
                 raise ValueError(
                     f"Argument `reading.{name}` must be a number of readings. "
                     f"Received: {number}"

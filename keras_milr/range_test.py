@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from keras_milr import backend, probe, rates, sampling
-from keras_milr._arguments import LARGEST_SEED, check_integer, check_number
+from keras_milr._arguments import LARGEST, LARGEST_SEED, check_integer, check_number
 from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
 from keras_milr.readouts import Information
@@ -572,8 +572,7 @@ def _check_arguments(
             f"Received: candidates={candidates!r}"
         )
     for i, rate in enumerate(candidates):
-        limit = float(np.finfo("float32").max)
-        check_number(f"candidates[{i}]", rate, above=0, at_most=limit)
+        check_number(f"candidates[{i}]", rate, above=0, at_most=LARGEST)
     return sorted({float(rate) for rate in candidates})
 
 

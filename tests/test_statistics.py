@@ -138,15 +138,23 @@ class TestCounts:
         assert np.mean(stderr) >= 1.3 * np.std(value)
 
     @pytest.mark.parametrize(
-        ("classes", "n", "error", "most"),
-        [(10, 2048, 0.01, 0.8), (10, 500, 0.05, 0.7), (20, 2000, 0.05, 0.4)],
+        ("classes", "n", "error", "most", "bias", "covered"),
+        [
+            (10, 2048, 0.01, 0.8, 0.012, 0.73),
+            (20, 2000, 0.05, 0.4, 0.056, 0.32),
+            (10, 500, 0.05, 0.7, 0.052, 0.64),
+        ],
     )
-    def test_is_too_high_and_too_narrow_with_rare_cells(self, classes, n, error, most):
-        """The docstring says so: much of it is bias, some of it spread."""
+    def test_is_too_high_and_too_narrow_with_rare_cells(
+        self, classes, n, error, most, bias, covered
+    ):
+        """The docstring gives the first two: much of it is bias, some of it spread."""
         joint = channel(shares(classes), error)
         truth = information_of(joint)
         value, stderr = found_in(tables(joint, n, 1000))
         assert coverage(value, stderr, truth) < most
+        assert coverage(value, stderr, truth) == pytest.approx(covered, abs=0.04)
+        assert np.mean(value) - truth == pytest.approx(bias, rel=0.1)
         assert np.mean(value) - truth > 0.5 * np.std(value)
         assert 0.65 < np.mean(stderr) / np.std(value) < 0.9
         centred = value - np.mean(value) + truth
