@@ -396,7 +396,7 @@ def get(identifier) -> Policy:
 
 
 def _checked(reading: Reading) -> Reading:
-    """The reading in float64; what has no value in float32 is 0.
+    """The reading in float64.
 
     Raises:
         TypeError: for anything else than a reading.
@@ -438,7 +438,7 @@ def _checked(reading: Reading) -> Reading:
                 f"Argument `reading.{name}` must have finite numbers, and none below "
                 f"0, a reference above it. Received: {array}"
             )
-        arrays[name] = np.where(single == 0, 0.0, array).astype("float64")
+        arrays[name] = array.astype("float64")
     return reading._replace(**arrays)
 
 
@@ -451,5 +451,5 @@ def _change(reading: Reading) -> np.ndarray:
 def _within_ratio(rates, reading: Reading, max_ratio: float) -> np.ndarray:
     """Keeps the ratio between rates, in units of their start, by raising the lowest."""
     start = reading.start_rate
-    share = np.divide(rates, start, out=np.zeros_like(rates), where=start > 0)
+    share = np.divide(rates, start, out=np.zeros_like(rates), where=start >= _TINY)
     return np.maximum(rates, start * np.max(share) / max_ratio)

@@ -422,6 +422,12 @@ def test_constants_next_to_nothing():
                     assert np.isfinite(policy(reading)[0])
 
 
+@pytest.mark.parametrize(("policy", "plain"), POLICIES)
+def test_a_change_beyond_float32_is_a_change(policy, plain):
+    reading = make_reading(information=0.0, previous=7e-80, noise=0.0, step=1)
+    assert policy()(reading)[0] == pytest.approx(plain(entry(reading, 0)), rel=1e-12)
+
+
 def test_fractions_are_no_constants():
     """An array times a fraction is an array of objects, which no optimizer takes."""
     with pytest.raises(TypeError, match="`floor` must be a finite number"):
