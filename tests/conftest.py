@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from tests import support
+
 mpl.use("Agg")
 
 BACKEND = keras.backend.backend()
@@ -57,10 +59,20 @@ def pytest_report_header():
     ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--support", help="file for what passed; see tests/support.py")
+
+
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "backends(*names, reason): a test for these backends of Keras only"
-    )
+    for line in (
+        "backends(*names, reason): a test for these backends of Keras only",
+        "supports(section, *rows): shows these rows of the support table",
+        "refuses(section, *rows, error): shows the error that a user gets there",
+    ):
+        config.addinivalue_line("markers", line)
+    path = config.getoption("--support")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(support.Report(path, BACKEND))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,6 +80,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
     items[:] = chosen
     for item in items:
+        item.user_properties += [("support", mark) for mark in support.marks(item)]
         for mark in item.iter_markers("backends"):
             if BACKEND not in mark.args:
                 only = f"for {' and '.join(mark.args)} only: {mark.kwargs['reason']}"
