@@ -7,21 +7,26 @@ READY  := $(VENV)/.ready
 OTHERS := $(VENV)/.backends
 
 QUICK  := --output results/quick
+SHOWN  := --support results/support
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test test-backends lint format bench bench-quick smoke clean
+.PHONY: run test test-backends support lint format bench bench-quick smoke clean
 
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto $(SHOWN)/tensorflow.json $(ARGS)
 
 # What depends on the backend, on the two others of Keras.
 test-backends: $(OTHERS)
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n auto $(ARGS)
-	KERAS_BACKEND=torch $(BIN)/python -m pytest -n auto $(ARGS)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n auto $(SHOWN)/jax.json $(ARGS)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest -n auto $(SHOWN)/torch.json $(ARGS)
+
+# docs/support.md, of what passed in `make test test-backends`; ARGS=--check compares.
+support: $(READY)
+	$(BIN)/python -m tests.support results/support/*.json $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

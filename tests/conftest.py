@@ -23,9 +23,11 @@ if BACKEND == "torch":
 # on the backend,
 SAME_EVERYWHERE = ["test_examples.py", "test_names.py", "test_plotting.py"]
 SAME_EVERYWHERE += ["test_policies.py", "test_statistics.py", "test_fuzz.py"]
+SAME_EVERYWHERE += ["test_support.py"]
 # these have not been tried under another than TensorFlow,
 SAME_EVERYWHERE += ["test_resume.py", "test_determinism.py", "test_faults.py"]
-# and in these, which train a model in each test, these parts of names tell what does.
+# and in these, which train a model in each test, these parts of names tell what does;
+# tests that show a row of the support table do anyway.
 SENSITIVE = {
     "test_callbacks.py": (
         *("test_models", "bit_equal", "whole_loop", "every_so_many_batches", "eagerly"),
@@ -89,7 +91,8 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_sensitive(item):
     parts = SENSITIVE.get(item.path.name)
-    return parts is None or any(part in item.nodeid for part in parts)
+    named = parts is None or any(part in item.nodeid for part in parts)
+    return named or bool(support.marks(item))
 
 
 @pytest.fixture(autouse=True)

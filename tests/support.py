@@ -64,7 +64,7 @@ ROWS = {
         "rates as the plain controller's",
         "layer-wise rates exact",
         "new rates compile nothing",
-        "TensorFlow not imported",
+        "no other backend imported",
         "range test without a trace",
         "roll back",
         "resuming after a kill",
@@ -181,17 +181,21 @@ def _link(nodeid) -> str:
     return f"[{names[-1].removeprefix('test_')}](../{path})"
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", nargs="+", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path, default="docs/support.md")
-    args = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    args = parser.parse_args(arguments)
     page, empty = table(json.loads(path.read_text()) for path in args.reports)
     if empty:
         listed = "\n  ".join(empty)
         sys.exit(f"{len(empty)} cell(s) of the support table have no test:\n  {listed}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page)
+    if not args.check:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(page)
+    elif not args.output.exists() or args.output.read_text() != page:
+        sys.exit(f"{args.output} is not what the tests show: run `make support`")
     print(f"{args.output}: {sum(map(len, ROWS.values()))} rows")
 
 

@@ -47,6 +47,10 @@ def halve(reading):
     return reading.rate / 2
 
 
+def labels(row):
+    return pytest.mark.supports("Labels", row)
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -93,6 +97,7 @@ class TestSettingTheRate:
         rate = float(callback.model.optimizer.learning_rate)
         assert rate == pytest.approx(1.25e-4)
 
+    @pytest.mark.supports("Backends", "rates as the plain controller's")
     @pytest.mark.parametrize("policy", ["relative", "reference", "decay"])
     def test_the_whole_loop_equals_the_plain_reference(self, digits, policy):
         """Rates and information, recomputed from the predictions after each epoch."""
@@ -143,6 +148,7 @@ class TestSettingTheRate:
                 peak = max(peak, rate)
         np.testing.assert_allclose(history.history["learning_rate"], rates, rtol=1e-3)
 
+    @pytest.mark.supports("Labels", "sparse")
     def test_the_probe_of_all_data_reads_what_scikit_learn_reads(self, digits):
         callback = keras_milr.MutualInformationLR(
             probe_data=digits, probe_size=len(digits[1])
@@ -568,13 +574,20 @@ class TestModelsAndData:
                 history["learning_rate"], [1e-3, 5e-4], rtol=1e-6
             )
 
-    @pytest.mark.parametrize("units", [1, 2])
+    @pytest.mark.parametrize(
+        "units",
+        [
+            pytest.param(1, marks=labels("binary: one probability")),
+            pytest.param(2, marks=labels("binary: two outputs")),
+        ],
+    )
     def test_two_classes(self, digits, units):
         x, y = digits[0], (digits[1] > 4).astype("int32")
         callback = keras_milr.MutualInformationLR(probe_data=(x, y))
         fit(callback, (x, y), make_model(units=units), epochs=5)
         assert 0.4 < callback.history[-1]["value"] <= np.log(2)
 
+    @pytest.mark.supports("Labels", "one-hot")
     def test_one_hot_labels(self, digits):
         data = digits[0], np.eye(10, dtype="float32")[digits[1]]
         model = make_model(loss="categorical_crossentropy")
@@ -582,7 +595,13 @@ class TestModelsAndData:
         fit(callback, data, model)
         assert callback.history[-1]["value"] > 1.0
 
-    @pytest.mark.parametrize("units", [1, 10])
+    @pytest.mark.parametrize(
+        "units",
+        [
+            pytest.param(1, marks=labels("binary: one logit")),
+            pytest.param(10, marks=labels("logits")),
+        ],
+    )
     def test_logits(self, digits, units):
         x, y = digits
         y = (y > 4).astype("int32") if units == 1 else y

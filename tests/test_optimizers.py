@@ -93,6 +93,7 @@ def distance(first, second):
 
 
 class TestExact:
+    @pytest.mark.supports("Backends", "layer-wise rates exact")
     @pytest.mark.parametrize("options", OPTIONS)
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_equals_independent_optimizers_at_the_scaled_rates(self, name, options):

@@ -123,6 +123,7 @@ class TestProbe:
             mutual_info_score(digits[1], predicted.argmax(axis=1)), abs=0.02
         )
 
+    @pytest.mark.supports("Labels", "sample weights")
     def test_padding_and_weights(self, digits):
         x, y = digits[0][:301], digits[1][:301]
         weight = np.random.default_rng(0).integers(1, 4, 301).astype("float32")
