@@ -14,12 +14,15 @@ flatters them. Ways without tuning: Keras' optimizers at their default rates, co
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
   (`auto, layers`);
+- `AdaS-like`: rates of layers by the spectra of their weights, see `adas.py`, of SGD
+  with momentum;
 - `decay`, `reference`, `relative`: from the optimizer's default rate;
 - `MI at 0.01`: the default policy from a rate given by hand, 1e-4 … 1.
 
 Controls, from the rate and bounds that the range test finds, with the policy of `auto`:
-driven by accuracy, by 1 − CE/H(Y) and by the information about shuffled labels; and
-`auto, constant` and `auto, cosine`, in which nothing is measured after the range test.
+driven by accuracy, by 1 − CE/H(Y) and by the information about shuffled labels, where
+labels are classes; and `auto, constant` and `auto, cosine`, in which nothing is
+measured after the range test.
 
     python benchmarks/schedules.py --uci path/to/uci   # some two hours
     python benchmarks/schedules.py --quick             # a few minutes
@@ -41,7 +44,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from sklearn.metrics import balanced_accuracy_score
+from adas import SpectralRates
 from workloads import UCI, WORKLOADS
 
 import keras_milr
@@ -83,6 +86,7 @@ SCHEDULES = {
 OPTIMIZERS = ("Adam", "RMSprop", "Lamb", "ScheduleFreeAdamW")
 POLICIES = ("relative", "reference", "decay")
 CONTROLS = ("accuracy", "1 − CE/H", "shuffled labels")
+SPECTRAL = "AdaS-like"
 
 
 class Schedule(keras.callbacks.Callback):
@@ -169,12 +173,11 @@ class Case:
     def __init__(self, name, optimizer, uci, layerwise=False):
         self.workload = WORKLOADS[name]
         (self.x, self.y), (self.test_x, self.test_y) = self.workload.load(uci)
-        classes = int(self.test_y.max()) + 1
         keras.utils.set_random_seed(0)
-        self.model = keras.Sequential(self.workload.layers(self.x, classes))
+        self.model = self.workload.network(self.x, self.test_y)
         if layerwise:
             optimizer = keras_milr.LayerwiseOptimizer(optimizer)
-        self.model.compile(optimizer, "sparse_categorical_crossentropy")
+        self.model.compile(optimizer, self.workload.task.loss)
         self.model.optimizer.build(self.model.trainable_variables)
         self.slots = [v.numpy().copy() for v in self.model.optimizer.variables]
         self.batches = -(-len(self.x) // self.workload.batch_size)
@@ -191,10 +194,8 @@ class Case:
         keras.utils.set_random_seed(seed)
 
     def score(self):
-        guess = self.model.predict(self.test_x, batch_size=1000, verbose=0).argmax(1)
-        if self.workload.balanced:
-            return float(balanced_accuracy_score(self.test_y, guess))
-        return float(np.mean(guess == self.test_y))
+        outputs = self.model.predict(self.test_x, batch_size=1000, verbose=0)
+        return self.workload.task.score(self.test_y, outputs)
 
     def fit(self, seed, callbacks, rate=None):
         """Trains from the start; everything that is reported of it."""
@@ -245,28 +246,31 @@ class Cases:
             if len(self.kept) > 7:
                 self.kept.clear()
                 keras.backend.clear_session()
-            self.kept[key] = Case(name, _optimizer(name, kind), uci, kind == "layers")
+            layerwise = kind in ("layers", SPECTRAL)
+            self.kept[key] = Case(name, _optimizer(name, kind), uci, layerwise)
         return self.kept[key]
 
 
 def _optimizer(name, kind):
     if kind in OPTIMIZERS:
         return getattr(keras.optimizers, kind)()
-    if WORKLOADS[name].optimizer == "sgd":
+    if WORKLOADS[name].optimizer == "sgd" or kind == SPECTRAL:
         return keras.optimizers.SGD(momentum=0.9)
     return keras.optimizers.Adam()
 
 
 def ways(name):
     """All ways to train a workload: (way, rate or None)."""
-    grid = GRID[WORKLOADS[name].optimizer]
+    workload = WORKLOADS[name]
+    grid = GRID[workload.optimizer]
+    controls = CONTROLS if workload.half != "other labels" else ()
     return [
         *((way, rate) for way in SCHEDULES for rate in grid),
         *((way, None) for way in OPTIMIZERS if hasattr(keras.optimizers, way)),
-        ("ReduceLROnPlateau", None),
+        *(("ReduceLROnPlateau", None), (SPECTRAL, None)),
         *(("auto", None), ("auto, layers", None)),
         *((f"auto, {policy}", None) for policy in POLICIES if policy != "decay"),
-        *((f"auto by {signal}", None) for signal in CONTROLS),
+        *((f"auto by {signal}", None) for signal in controls),
         *(("auto, constant", None), ("auto, cosine", None)),
         *((f"{policy}", None) for policy in POLICIES),
         *((f"MI at {rate:g}", None) for rate in BY_HAND),
@@ -275,7 +279,8 @@ def ways(name):
 
 def run(cases, name, way, rate, seed, uci):
     """One training; what is reported of it."""
-    kind = way if way in OPTIMIZERS else "layers" if way == "auto, layers" else "plain"
+    kind = "layers" if way == "auto, layers" else "plain"
+    kind = way if way in (*OPTIMIZERS, SPECTRAL) else kind
     case = cases.get(name, kind, uci)
     default = DEFAULT_RATE[WORKLOADS[name].optimizer]
     data, steps = (case.x, case.y), case.steps()
@@ -295,6 +300,8 @@ def run(cases, name, way, rate, seed, uci):
         return case.fit(seed, [Schedule(rate, SCHEDULES[way], steps)])
     if way in OPTIMIZERS:
         return case.fit(seed, [])
+    if way == SPECTRAL:
+        return case.fit(seed, [SpectralRates()])
     if way == "ReduceLROnPlateau":
         plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.3, patience=2)
         return case.fit(seed, [plateau], default)

@@ -1,7 +1,8 @@
 """Real data and small networks to compare learning rates on.
 
 Half of them are for tuning: whatever is chosen, a policy, a constant, is chosen on
-them. The others are run once everything is frozen. Sets are cut to 10,000 samples and
+them. The others are run once everything is frozen; two of these, a third group, have
+labels that are no classes. Sets are cut to 10,000 samples and
 the trainings to few epochs, so that hundreds of them fit into hours. The order of
 samples, and what is cut, never changes: seeds change initial weights and batches.
 
@@ -20,22 +21,69 @@ from typing import NamedTuple
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
+from sklearn.metrics import balanced_accuracy_score, r2_score
 
 UCI = os.environ.get("KERAS_MILR_UCI", "uci")
+
+
+class Task(NamedTuple):
+    """What is asked of the outputs.
+
+    Attributes:
+        loss: The loss that is trained.
+        activation: That of the last layer.
+        units: Function from the test labels to the number of outputs.
+        score: Function from test labels and outputs to a score of at most 1.
+    """
+
+    loss: str
+    activation: str | None
+    units: Callable
+    score: Callable
+
+
+def _accuracy(y, outputs):
+    return float(np.mean(outputs.argmax(axis=1) == y))
+
+
+def _balanced_accuracy(y, outputs):
+    return float(balanced_accuracy_score(y, outputs.argmax(axis=1)))
+
+
+def _mean_balanced_accuracy(y, outputs):
+    columns = zip(y.T, outputs.T > 0.5, strict=True)
+    return float(np.mean([balanced_accuracy_score(*pair) for pair in columns]))
+
+
+def _r2(y, outputs):
+    finite = np.all(np.isfinite(outputs))
+    return float(r2_score(y, outputs[:, 0])) if finite else -np.inf
+
+
+CLASSES = Task(
+    *("sparse_categorical_crossentropy", "softmax"),
+    *(lambda y: int(y.max()) + 1, _accuracy),
+)
+BALANCED = CLASSES._replace(score=_balanced_accuracy)
+MULTI_LABEL = Task(
+    *("binary_crossentropy", "sigmoid"),
+    *(lambda y: y.shape[1], _mean_balanced_accuracy),
+)
+REGRESSION = Task("mse", None, lambda y: 1, _r2)
 
 
 class Workload(NamedTuple):
     """What is trained on what, and for how long.
 
     Attributes:
-        half: "tuning" or "unseen".
+        half: "tuning", "unseen" or "other labels".
         load: Function from the UCI folder to (x, y), (test x, test y).
-        layers: Function from (x, number of classes) to the layers of the network.
+        layers: Function from x to the layers of the network but for the last.
         optimizer: "sgd" (momentum 0.9) or "adam".
         batch_size: Samples in a step.
         epochs: Length of a training.
         target: The score whose time is taken, fixed beforehand.
-        balanced: Whether the score is balanced accuracy, else accuracy.
+        task: What is asked of the outputs.
     """
 
     half: str
@@ -45,12 +93,18 @@ class Workload(NamedTuple):
     batch_size: int
     epochs: int
     target: float
-    balanced: bool = False
+    task: Task = CLASSES
+
+    def network(self, x, y):
+        """The network for inputs and labels like these."""
+        last = keras.layers.Dense(self.task.units(y), activation=self.task.activation)
+        return keras.Sequential([*self.layers(x), last])
 
 
 def _split(x, y, train, test):
     order = np.random.default_rng(0).permutation(len(x))
-    x, y = x[order], y[order].astype("int32")
+    x, y = x[order], y[order]
+    y = y if y.dtype == "float32" else y.astype("int32")
     return (x[:train], y[:train]), (x[train : train + test], y[train : train + test])
 
 
@@ -106,22 +160,52 @@ def _long_tail(load, ratio):
     return tail
 
 
-def _adult(uci):
+def _adult_columns(uci):
+    """The columns of the census, text as it is."""
     with gzip.open(Path(uci) / "adult-train.csv.gz", "rt") as file:
         rows = [[c.strip() for c in row] for row in csv.reader(file) if len(row) == 15]
-    columns = []
-    for column in list(zip(*rows, strict=True))[:-1]:
+    return list(zip(*rows, strict=True))
+
+
+def _encoded(columns):
+    """Numbers standardised, of their logarithm, and a column for each text."""
+    encoded = []
+    for column in columns:
         try:
             values = np.array(column, "float64")
             values = np.log1p(values)
-            columns.append((values - values.mean()) / values.std())
+            encoded.append((values - values.mean()) / values.std())
         except ValueError:
-            columns.extend(
+            encoded.extend(
                 np.array([c == kind for c in column], "float64")
                 for kind in sorted(set(column))
             )
-    y = np.array([row[-1] == ">50K" for row in rows])
-    return _split(np.stack(columns, 1).astype("float32"), y, 10_000, 5_000)
+    return np.stack(encoded, 1).astype("float32")
+
+
+def _adult(uci):
+    *columns, income = _adult_columns(uci)
+    y = np.array([value == ">50K" for value in income])
+    return _split(_encoded(columns), y, 10_000, 5_000)
+
+
+def _adult_questions(uci):
+    """Income, marriage, sex and overtime, from what does not say them outright."""
+    columns = _adult_columns(uci)
+    relationship, hours = 7, np.array(columns[12], "int32")
+    asked = {14: ">50K", 5: "Married-civ-spouse", 9: "Male"}
+    y = [np.array([v == yes for v in columns[i]]) for i, yes in asked.items()]
+    left = set(range(15)) - {*asked, relationship, 12}
+    x = _encoded([columns[i] for i in sorted(left)])
+    return _split(x, np.stack([*y, hours > 40], axis=1), 10_000, 5_000)
+
+
+def _housing(uci):
+    data = np.load(Path(uci) / "cal.housing.npz")
+    x = data["x"].astype("float64")
+    x[:, 3:7] = np.log1p(x[:, 3:7])  # Rooms, bedrooms, people, households.
+    x, y = ((a - a.mean(0)) / a.std(0) for a in (x, data["y"].astype("float64")))
+    return _split(x.astype("float32"), y.astype("float32"), 10_000, 5_000)
 
 
 def _sms(uci):
@@ -152,38 +236,35 @@ def _two_classes(first, second, few):
     return load
 
 
-def _mlp(x, classes):
+def _mlp(x):
     return [
         keras.Input(x.shape[1:]),
         keras.layers.Flatten(),
         keras.layers.Dense(64, activation="relu"),
         keras.layers.Dense(64, activation="relu"),
-        keras.layers.Dense(classes, activation="softmax"),
     ]
 
 
-def _cnn(x, classes):
+def _cnn(x):
     return [
         keras.Input(x.shape[1:]),
         keras.layers.Conv2D(12, 5, strides=2, activation="relu"),
         keras.layers.Conv2D(24, 3, strides=2, activation="relu"),
         keras.layers.Flatten(),
         keras.layers.Dense(64, activation="relu"),
-        keras.layers.Dense(classes, activation="softmax"),
     ]
 
 
-def _bag_of_words(x, classes):
+def _bag_of_words(x):
     return [
         keras.Input(x.shape[1:], dtype="int32"),
         keras.layers.Embedding(4000, 16),
         keras.layers.GlobalAveragePooling1D(),
         keras.layers.Dense(32, activation="relu"),
-        keras.layers.Dense(classes, activation="softmax"),
     ]
 
 
-def _resnet(x, classes):
+def _resnet(x):
     """Batch normalisation and residuals, as a list of one functional block."""
     inputs = keras.Input(x.shape[1:])
     h = keras.layers.Conv2D(12, 3, strides=2, use_bias=False)(inputs)
@@ -198,8 +279,7 @@ def _resnet(x, classes):
         h = keras.layers.Add()([h, r])
     h = keras.layers.BatchNormalization(momentum=0.9)(h)
     h = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(h))
-    outputs = keras.layers.Dense(classes, activation="softmax")(h)
-    return [inputs, keras.Model(inputs, outputs)]
+    return [inputs, keras.Model(inputs, h)]
 
 
 def _mnist(uci):
@@ -220,7 +300,7 @@ WORKLOADS = {
     "fashion, CNN": Workload("tuning", _fashion, _cnn, "adam", 64, 6, 0.84),
     "adult": Workload("tuning", _adult, _mlp, "adam", 64, 8, 0.84),
     "pendigits, long tail": Workload(
-        *("tuning", _long_tail(_pendigits, 50), _mlp, "sgd", 32, 25, 0.90, True)
+        *("tuning", _long_tail(_pendigits, 50), _mlp, "sgd", 32, 25, 0.90, BALANCED)
     ),
     "fashion, 20 % noise": Workload(
         *("tuning", _noisy(_fashion, 0.2, 10), _mlp, "sgd", 64, 10, 0.80)
@@ -228,18 +308,24 @@ WORKLOADS = {
     "MNIST, CNN": Workload("unseen", _mnist, _cnn, "sgd", 64, 6, 0.96),
     "pendigits": Workload("unseen", _pendigits, _mlp, "adam", 64, 10, 0.97),
     "spam": Workload("unseen", _spam, _mlp, "sgd", 32, 15, 0.92),
-    "SMS": Workload("unseen", _sms, _bag_of_words, "adam", 32, 10, 0.92, True),
+    "SMS": Workload("unseen", _sms, _bag_of_words, "adam", 32, 10, 0.92, BALANCED),
     "fashion, ResNet": Workload(*("unseen", _fashion, _resnet, "sgd", 64, 5, 0.82)),
     "optdigits, 200 samples": Workload(
         *("unseen", _optdigits_few, _mlp, "adam", 16, 30, 0.88)
     ),
     "shirts, 96:4": Workload(
-        *("unseen", _two_classes(0, 6, 208), _mlp, "sgd", 64, 12, 0.65, True)
+        *("unseen", _two_classes(0, 6, 208), _mlp, "sgd", 64, 12, 0.65, BALANCED)
     ),
     "MNIST, 30 % noise": Workload(
         *("unseen", _noisy(_mnist, 0.3, 10), _cnn, "adam", 64, 6, 0.90)
     ),
     "CIFAR-10": Workload(
         *("unseen", lambda uci: _images("cifar10"), _cnn, "adam", 64, 8, 0.50)
+    ),
+    "adult, four questions": Workload(
+        *("other labels", _adult_questions, _mlp, "adam", 64, 8, 0.70, MULTI_LABEL)
+    ),
+    "housing": Workload(
+        *("other labels", _housing, _mlp, "sgd", 64, 10, 0.70, REGRESSION)
     ),
 }
