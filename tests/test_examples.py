@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
+import pytest
+
+import keras_milr
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -157,6 +163,42 @@ def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
         assert result["scores"][-1] > 0.9
 
 
+def test_spectral_rates(monkeypatch):
+    """Noise has no low-rank part; of a matrix of rank r, r singular values are kept."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import adas
+
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(40, 60))
+    assert adas.knowledge_gain(noise) == 0
+    low = 100 * sum(np.outer(rng.normal(size=40), rng.normal(size=60)) for _ in "ab")
+    one, two = np.linalg.svd(noise + low, compute_uv=False)[:2]
+    assert adas.knowledge_gain(noise + low) == pytest.approx((1 + two / one) / 40)
+    folded = np.stack([noise + low, noise], axis=-1).reshape(4, 10, 60, 2)
+    assert 0 < adas.knowledge_gain(folded) < 1
+
+    model = keras.Sequential(
+        [
+            keras.Input((40,)),
+            keras.layers.Dense(60, name="body"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    model.compile(keras_milr.LayerwiseOptimizer("sgd"), "mse")
+    rates = adas.SpectralRates(start=0.1, momentum=0.5)
+    rates.set_model(model)
+    model.optimizer.build(model.trainable_variables)
+    model.get_layer("body").kernel.assign(noise)
+    rates.on_train_begin()
+    model.get_layer("body").kernel.assign(noise + low)
+    rates.on_epoch_end(0)
+    gained = adas.knowledge_gain(noise + low)
+    expected = {"body": 0.05 + gained, "norm": 0.05 + gained / 2, "head": 0.05}
+    found = {k: 0.1 * m for k, m in model.optimizer.multipliers.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_schedules_report(tmp_path):
     """Against scores whose table is known: the best rate, pairs by seed, failures."""
     lines = []
@@ -176,8 +218,8 @@ def test_schedules_report(tmp_path):
     path.write_text("\n".join(lines))
     done = run("benchmarks/schedules_report.py", path, f"--figures={tmp_path}")
     assert done.returncode == 0, done.stderr
-    auto = "| auto | +0.00 (2.00) | +0.00 | +0.00 digits | 1/1 | 0 |  | 0.14 |"
-    decay = "| decay | -22.50 (23.50) | -22.50 | -22.50 digits | 0/1 | 1 |  | 0.14 |"
+    auto = "| auto | +0.00 (2.00) | +0.00 | +0.00 digits | 1/1 | 0 | 1.0 | 0.14 |"
+    decay = "| decay | -22.50 (23.50) | -22.50 | -22.50 digits | 0/1 | 1 | 2.0 | 0.14 |"
     assert auto in done.stdout
     assert decay in done.stdout
     assert (tmp_path / "schedules.png").stat().st_size > 10_000
