@@ -152,11 +152,13 @@ class MutualInformationLR(keras.callbacks.Callback):
             had been known, when the training fails: the loss, the weights or the
             optimizer's state are not finite, or, with a probe, the output is worse than
             the same guess for every sample after it was better, or does not depend on
-            the input any more; of continuous targets, only the latter. A model with
-            batch normalisation only counts as failed by its output if its training
-            loss is no better than a guess, 0.9 H(Y), since the averages lag behind, and
-            not at all where the loss is no cross-entropy. Each time warns; after the
-            tenth the training stops. Defaults to `True`.
+            the input any more, or is the same for nearly all samples; of continuous
+            targets, only the latter two. A raise of the rate is undone that costs
+            information, where the policy raises it to see what comes: `"decay"` and
+            `"reference"` do. A model with batch normalisation only counts as failed by
+            its output if its training loss is no better than a guess, 0.9 H(Y), since
+            the averages lag behind, and not at all where the loss is no cross-entropy.
+            Each time warns; after the tenth the training stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.
@@ -607,7 +609,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             if self._rollback is None:
                 self._rollback = Rollback(self.model)
             loss = float((logs or {}).get("loss", 0.0))
-            failure = self._rollback.judge(self._output(infos), infos, loss)
+            failure = self._rollback.judge(
+                self._output(infos), infos, loss, raised=self._controller.tries()
+            )
             if failure is not None:
                 self._roll_back(reading, failure)
                 return

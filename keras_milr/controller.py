@@ -41,15 +41,24 @@ class Controller:
             check_bounds(self._start, min_lr, max_lr)
             self._previous = self._best = None
             self._step, self._rollbacks = -1, 0
+            self._before = None  # The rates before a raise, until it is judged.
         else:
             for name in _ARRAYS:
                 setattr(self, f"_{name}", np.array(state[name]))
             self._step, self._rollbacks = state["step"], state["rollbacks"]
+            before = state["before"]
+            self._before = before if before is None else np.array(before)
 
     def state(self) -> dict:
         """What a policy is told, as far as it cannot be measured again."""
         arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
-        return arrays | {"step": self._step, "rollbacks": self._rollbacks}
+        numbers = {"step": self._step, "rollbacks": self._rollbacks}
+        return arrays | numbers | {"before": self._before}
+
+    def tries(self) -> bool:
+        """Whether the policy has raised a rate last, to see what comes of it."""
+        tries = bool(getattr(self._policy, "undoes_raises", False))
+        return tries and self._before is not None
 
     def read(self, infos) -> Reading:
         """The reading that a policy is handed; `infos` has an entry for each rate.
@@ -106,23 +115,29 @@ class Controller:
     def act(self, reading) -> np.ndarray | None:
         """Sets the rates that the policy decides on; None where nothing changes."""
         rates = self.decide(reading)
-        if np.array_equal(rates.astype("float32"), reading.rate.astype("float32")):
+        new, old = rates.astype("float32"), reading.rate.astype("float32")
+        self._before = reading.rate if np.any(new > old) else None
+        if np.array_equal(new, old):
             return None
         self.rates.set(rates)
         return rates
 
-    def roll_back(self, infos, reading, factor: float) -> np.ndarray:
+    def roll_back(self, infos, reading, factor: float | None) -> np.ndarray:
         """Lowers the rates after a training that failed, and sets them.
 
         Args:
             infos: What was read of the weights that the model was set back to.
             reading: The reading of the failure.
-            factor: What its rates are multiplied with.
+            factor: What its rates are multiplied with. None: back to those before the
+                policy raised them.
         """
         self._rollbacks += 1
-        rates = self._clipped(factor * reading.rate)
+        rates = self._before if factor is None else factor * reading.rate
+        rates, self._before = self._clipped(rates), None
         self.rates.set(rates)
-        self._peak = rates
+        # As they were set, in float32: a rate below the highest by rounding would count
+        # as lowered.
+        self._peak = self.rates.get()
         self._previous = np.array([info.accessible for info in infos])
         self._best = self._previous
         return rates

@@ -5,6 +5,11 @@ whatever it must know is in there. All arithmetic is elementwise, so the same co
 one rate for a network or an array of rates for its layers. Only the last step looks
 across layers: it keeps the ratio between their rates within `max_ratio`.
 
+A policy that raises rates to see what comes of it has an attribute `undoes_raises`
+that is true. Where the information falls after a raise, and the cross-entropy rises
+with it, `MutualInformationLR(rollback=True)` then goes back to the weights before; see
+`keras_milr.rollback.fell`. `ReferenceLevel` and `ThresholdDecay` are such policies.
+
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
 relative to a reference measure. `RelativeChange` and `ReferenceLevel` are of these two
@@ -133,7 +138,13 @@ class RelativeChange(_Configured):
 
 
 class _MissingShare(_Configured):
-    """What policies share that measure a gain by the information still missing."""
+    """What policies share that measure a gain by the information still missing.
+
+    They raise a rate to see whether more can be learned: see `undoes_raises` in the
+    docstring of this module.
+    """
+
+    undoes_raises = True
 
     def _set_shared(self, cut, hold, floor, grow_steps, grow_below, max_ratio):
         for name, value in (("cut", cut), ("floor", floor), ("grow_below", grow_below)):
@@ -163,14 +174,14 @@ class _MissingShare(_Configured):
 
     def _grown(self, rate, reading: Reading, gain, threshold) -> np.ndarray:
         """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
+        early = reading.information < 0.5 * reading.reference
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == 0)
             & (reading.rate >= reading.peak_rate)
-            & (gain >= 0)
+            & (early | (gain >= 0))  # While little is known, it goes to and fro.
             & (reading.information < self.grow_below * reading.reference)
         )
-        early = reading.information < 0.5 * reading.reference
         learns = gain > threshold
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
@@ -189,10 +200,11 @@ class ReferenceLevel(_MissingShare):
 
     1. *Hold.* If missing < hold × reference, or missing < noise, nothing measurable is
        missing: the rate stays.
-    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered, the
-       information does not fall and less than `grow_below` of the reference is reached:
-       rate × 2 if g > share, else rate × 3 if less than half of the reference is
-       reached. This mends a start that is far too low.
+    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered and
+       less than `grow_below` of the reference is reached: rate × 2 if g > share; else
+       rate × 3 while less than half of the reference is reached, also if the
+       information falls, which counts go to and fro with then. This mends a start that
+       is far too low. A raise that costs information is undone.
     3. Else rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
        of what was missing, cut as the gain shrinks, but never below `floor` times the
        highest rate so far.
@@ -259,9 +271,10 @@ class ThresholdDecay(_MissingShare):
 
     1. *Explore.* While the rate was never lowered, more than `tail` of the planned
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
-       stays. In the first `grow_steps` readings, while the information does not fall
-       and less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold, else × 3 if less than half of the reference is reached.
+       stays. In the first `grow_steps` readings, while less than `grow_below` of the
+       reference is reached, it rises: × 2 if g > threshold; else × 3 while less than
+       half of the reference is reached, also if the information falls, which counts go
+       to and fro with then. A raise that costs information is undone.
     2. *Decay.* From the first reading that gains less, or with `tail` of the readings
        left, at the latest:
 

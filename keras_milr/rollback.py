@@ -11,6 +11,7 @@ from keras_milr.untouched import assign, has_statistics
 MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # share of H(Y)
 _SAME = 1e-6  # outputs that differ by less are the same
+_LITTLE = 0.1  # share of H(Y)
 
 
 class Rollback:
@@ -31,20 +32,25 @@ class Rollback:
             None  # What was read, and the weights it was read of.
         )
         self._now = None  # What was read of the present weights.
+        self._undo = False  # Whether all that failed was a raise of the rate.
         self.count = 0
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def judge(self, output, infos, loss: float) -> str | None:
+    def judge(self, output, infos, loss: float, raised=False) -> str | None:
         """What is wrong with the training, in words; else keeps the present weights.
 
         Args:
             output: `Information` at the output.
             infos: `Information` for each rate.
             loss: The training loss.
+            raised: Whether it was trained at a rate that was raised to see what comes.
         """
         values = self._values()
-        failure = self._failure(values, output, loss)
+        failure, self._undo = self._failure(values, output, loss), False
+        if failure is None and raised and not self._lags(output, loss):
+            failure = fell(output, self._best)
+            self._undo = failure is not None
         if failure is None:
             self.keep(output, infos, values)
         return failure
@@ -84,21 +90,27 @@ class Rollback:
             return "the optimizer's state is not finite"
         if self._best is None:
             return None
-        # Statistics of batch normalisation lag behind the weights for some hundred
-        # batches: what inference mode reads is worse than what is trained. Where the
-        # loss is no cross-entropy, nothing tells the two apart.
-        comparable = not math.isnan(output.cross_entropy)
-        fine = not comparable or loss < 0.9 * output.entropy
-        if has_statistics(self._model) and fine:
+        if self._lags(output, loss):
             return None
         return collapse(output, self._best, self._first)
+
+    def _lags(self, output, loss):
+        """Whether a reading may be of statistics that are behind the weights.
+
+        Those of batch normalisation are, for some hundred batches: what inference mode
+        reads is worse than what is trained. Where the loss is no cross-entropy, nothing
+        tells the two apart.
+        """
+        comparable = not math.isnan(output.cross_entropy)
+        fine = not comparable or loss < 0.9 * output.entropy
+        return fine and has_statistics(self._model)
 
     def restore(self):
         """Sets weights and optimizer back to the last good reading, or to the start.
 
         Returns:
             What was read of these weights, an `Information` for each rate, and the
-            factor to lower the rates by.
+            factor to lower the rates by; None for the rates before they were raised.
 
         Raises:
             ValueError: where nothing has been kept.
@@ -111,7 +123,9 @@ class Rollback:
             )
         self.count += 1
         factor = 0.3
-        if not self._half_is_known():
+        if self._undo:
+            factor = None
+        elif not self._half_is_known():
             # Little was learned, at a rate that is far too high.
             factor, self._good, self._best = 0.1, self._start, self._first
         infos, values = self._good
@@ -215,6 +229,11 @@ def collapse(now, best, first) -> str | None:
     nats = now.entropy
     if now.variation <= _SAME < first.variation:
         return "the output does not depend on the input any more"
+    if now.repeated > 0.5 and first.repeated < 0.1 and now.accessible < _LITTLE * nats:
+        return (
+            "the output is the same for nearly all samples: "
+            f"{now.repeated:.0%} have that of the one before"
+        )
     if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
         return None  # Not probabilities: what is lost cannot be told.
     margin = max(_NEGLIGIBLE * nats, 3 * now.noise)
@@ -231,3 +250,28 @@ def collapse(now, best, first) -> str | None:
     if (worse and not learned) or (far_worse and now.accessible < 0.5 * nats):
         return f"nothing was learned: {rose.format(first.cross_entropy)} {guess}"
     return None
+
+
+def fell(now, best) -> str | None:
+    """What a raise of the rate has cost, in words; else None.
+
+    Early in a training the counted information may fall while the network learns, so
+    the cross-entropy must have risen too; or, where there is none, half of the
+    information is lost.
+
+    Args:
+        now: `Information` at the output, after the raise.
+        best: That of the reading with the most information so far.
+    """
+    margin = max(_NEGLIGIBLE * now.entropy, 3 * now.noise)
+    if math.isnan(now.cross_entropy):
+        lost = now.accessible < 0.5 * best.accessible - margin
+    else:
+        lost = now.accessible < best.accessible - margin
+        lost &= now.cross_entropy > best.cross_entropy + margin
+    if not lost:
+        return None
+    return (
+        f"after the rate was raised the information fell from {best.accessible:.4g} to "
+        f"{now.accessible:.4g} nats"
+    )

@@ -165,16 +165,17 @@ def reference_level(
     if abs(change) <= r["noise"]:
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
+    early = r["information"] < 0.5 * r["reference"]
     if (
         r["step"] <= grow_steps
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
-        and change >= 0
+        and (early or gain >= 0)
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > share:
             return 2 * r["rate"]
-        if r["information"] < 0.5 * r["reference"]:
+        if early:
             return 3 * r["rate"]
     kept = r["rate"] * min(max(gain / share, cut), 1.0)
     return max(kept, min(floor * r["peak_rate"], r["rate"]))
@@ -197,6 +198,7 @@ def threshold_decay(
     if abs(change) <= r["noise"]:
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
+    early = r["information"] < 0.5 * r["reference"]
     known = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if known else None
     late = known and left < tail * r["steps"]
@@ -205,12 +207,12 @@ def threshold_decay(
         and r["step"] <= grow_steps
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
-        and change >= 0
+        and (early or gain >= 0)
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > threshold:
             return 2 * r["rate"]
-        if r["information"] < 0.5 * r["reference"]:
+        if early:
             return 3 * r["rate"]
     learning = gain >= threshold or missing < negligible
     if not late and r["rate"] >= r["peak_rate"] and learning:

@@ -248,14 +248,15 @@ class TestReferenceLevel:
         assert self.policy(make_reading(**early)) == pytest.approx(0.02)
         late = early | {"information": 1.5}
         assert self.policy(make_reading(**late)) == pytest.approx(0.02)
-        for previous in (0.9, 0.87):  # Little or nothing was learned.
+        # Little or nothing was learned, or something lost of the little.
+        for previous in (0.87, 0.9, 0.95, 1.5):
             reading = make_reading(**early | {"previous": previous})
             assert self.policy(reading) == pytest.approx(0.03)
         for reason in (
             {"step": 9},
             {"rollbacks": 1},
             {"peak_rate": 0.02},
-            {"previous": 1.0},
+            {"information": 1.2, "previous": 1.25},  # More than half is known.
             {"information": 1.61},
         ):
             assert self.policy(make_reading(**early | reason)) <= 0.01
@@ -299,8 +300,11 @@ class TestThresholdDecay:
     def test_grows_early_but_not_in_the_tail(self):
         early = {"step": 3, "previous": 0.5, "information": 0.9}
         assert self.policy(make_reading(steps=40, **early)) == pytest.approx(0.02)
-        slow = early | {"previous": 0.88}
-        assert self.policy(make_reading(steps=40, **slow)) == pytest.approx(0.03)
+        for previous in (0.88, 0.94, 1.5):
+            slow = early | {"previous": previous}
+            assert self.policy(make_reading(steps=40, **slow)) == pytest.approx(0.03)
+        lost = early | {"information": 1.2, "previous": 1.25}
+        assert self.policy(make_reading(steps=40, **lost)) < 0.01
         assert self.policy(make_reading(steps=4, **early)) < 0.01
         never = policies.ThresholdDecay(grow_steps=0)
         assert never(make_reading(steps=40, **early)) == 0.01

@@ -219,8 +219,10 @@ class TestLayerRates:
         assert model.optimizer.multipliers == {"a": 0.5, "b": 1, "c": 1}
 
 
-def controller(rates, policy, min_lr=0.0, max_lr=None):
-    return Controller(rates, policy, None, min_lr, max_lr, 10, lambda info: info.noise)
+def controller(rates, policy, min_lr=0.0, max_lr=None, state=None):
+    return Controller(
+        *(rates, policy, None, min_lr, max_lr, 10, lambda info: info.noise, state)
+    )
 
 
 def act(control, times=1):
@@ -269,3 +271,32 @@ class TestCeiling:
         )
         act(control)
         np.testing.assert_allclose(control.rates.get(), [0.005, 0.01, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("undoes", [True, False])
+def test_a_policy_that_tries_rates_says_so(undoes):
+    model = make_model(keras.optimizers.SGD(0.07))
+    factor = 2.0
+
+    def policy(reading):
+        return reading.rate * factor
+
+    policy.undoes_raises = undoes
+    control = controller(NetworkRate(model), policy)
+    infos = [Information(0.1, 0.1, 1.0, 0.0, 0.01)]
+    control.read(infos)
+    assert not control.tries()  # The start is nobody's raise.
+    control.act(control.read(infos))
+    assert control.tries() is undoes
+    resumed = controller(NetworkRate(model), policy, state=control.state())
+    assert resumed.tries() is undoes
+    factor = 1.0
+    control.act(control.read(infos))
+    assert not control.tries()
+    reading = resumed.read(infos)
+    assert control.state()["before"] is None
+    resumed.roll_back(infos, reading, None)
+    np.testing.assert_allclose(resumed.rates.get(), 0.07)
+    assert not resumed.tries()
+    # Rounded to float32, the rate is still the highest so far.
+    assert resumed.read(infos).rate == resumed.read(infos).peak_rate

@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import keras_milr
 from keras_milr import rates
 from keras_milr.readouts import Information, Predictions
-from keras_milr.rollback import MOST, Rollback, collapse
+from keras_milr.rollback import MOST, Rollback, collapse, fell
 from tests.backends import DRAWN, NAME
 
 H = np.log(10)
@@ -26,7 +27,9 @@ def make_model(optimizer="sgd", classes=10, width=64, normalise=False):
     return model
 
 
-def info(accessible, cross_entropy, variation=0.5, entropy=H, stderr=0.02):
+def info(
+    accessible, cross_entropy, variation=0.5, entropy=H, stderr=0.02, repeated=0.0
+):
     bound = max(entropy - cross_entropy, 0.0)
     return Information(
         value=accessible,
@@ -38,6 +41,7 @@ def info(accessible, cross_entropy, variation=0.5, entropy=H, stderr=0.02):
         bound_stderr=stderr,
         cross_entropy=cross_entropy,
         variation=variation,
+        repeated=repeated,
     )
 
 
@@ -54,6 +58,8 @@ class TestCollapse:
             (info(0.0, 2.304), TRAINED, "information was lost"),
             (info(0.03, 2.6), START, "nothing was learned.* from 2.35 to 2.6 nats"),
             (info(0.4, 12.0), START, "nothing was learned"),
+            (info(0.1, 2.2, repeated=0.8), TRAINED, "same for nearly all.*80%"),
+            (info(0.1, 2.2, repeated=0.8), START, "same for nearly all"),
         ],
     )
     def test_is_seen(self, now, best, message):
@@ -74,12 +80,96 @@ class TestCollapse:
             (info(0.0, 0.102, entropy=0.1), *[info(0.01, 0.105, entropy=0.1)] * 2),
             # Zeros in the last layer: nothing depended on the input before either.
             (info(0.0, H, variation=0.0), *[info(0.0, H, variation=0.0)] * 2),
+            # Sure of its classes, and right.
+            (info(1.8, 0.5, repeated=0.9), TRAINED, START),
+            # Samples that are the same, or were nearly so for the first weights.
+            (info(0.0, 2.3, repeated=0.8), *[info(0.0, 2.3, repeated=0.8)] * 2),
             # Not probabilities.
             (info(0.0, np.nan), info(1.0, np.nan), info(0.0, np.nan)),
         ],
     )
     def test_is_not_imagined(self, now, best, first):
         assert collapse(now, best, first) is None
+
+
+class TestRaise:
+    BEST = info(1.0, 1.3)
+
+    def test_costs_information(self):
+        assert re.search("fell from 1 to 0.8 nats", fell(info(0.8, 1.5), self.BEST))
+        # Of numbers there is no cross-entropy.
+        assert fell(info(0.4, np.nan), info(1.0, np.nan))
+
+    @pytest.mark.parametrize(
+        "now",
+        [
+            info(1.2, 1.1),
+            info(0.97, 1.5),  # Within the margin.
+            info(0.8, 1.29),  # Fewer nats are counted, but it learns.
+            info(0.8, 1.5, stderr=0.2),  # Within the noise.
+            info(0.6, np.nan),
+        ],
+    )
+    def test_costs_nothing(self, now):
+        assert fell(now, self.BEST) is None
+
+    def test_is_not_judged_by_statistics_that_lag(self):
+        for normalise, failed in ((False, True), (True, False)):
+            model = make_model(normalise=normalise)
+            guard = Rollback(model)
+            guard.keep(self.BEST, [])
+            failure = guard.judge(info(0.8, 1.5), [], loss=1.2, raised=True)
+            assert (failure is not None) is failed
+
+    @pytest.mark.parametrize("undoes", [True, False])
+    def test_is_undone(self, undoes, digits):
+        """Back to the weights and the rate before the raise."""
+        model = make_model(keras.optimizers.Adam(1e-3))
+
+        def raised(reading):
+            return reading.rate * (50 if reading.step == 3 else 1)
+
+        raised.undoes_raises = undoes
+        callback = keras_milr.MutualInformationLR(raised, digits)
+        kept = {}
+
+        def note(epoch, logs):
+            kept[epoch] = [model.get_weights(), float(model.optimizer.iterations)]
+
+        notes = keras.callbacks.LambdaCallback(on_epoch_begin=note)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            history = model.fit(
+                *digits, epochs=5, verbose=0, callbacks=[callback, notes]
+            )
+        rates = history.history["learning_rate"]
+        np.testing.assert_allclose(rates[:4], [1e-3, 1e-3, 1e-3, 0.05], rtol=1e-5)
+        said = [w for w in warned if "after the rate was raised the" in str(w.message)]
+        found = [callback.history[i]["information"] for i in (3, 4)]
+        assert found[1] < found[0] - 0.2
+        if undoes:
+            assert len(said) == 1
+            assert rates[4] == pytest.approx(1e-3)
+            assert callback.history[4]["rollbacks"] == 0
+            assert callback.history[5]["rollbacks"] == 1
+            for now, then in zip(*(kept[epoch] for epoch in (4, 3)), strict=True):
+                np.testing.assert_equal(now, then)
+        else:
+            assert not [w for w in warned if w.category is UserWarning]
+            assert not np.array_equal(kept[4][0][0], kept[3][0][0])
+
+
+def test_outputs_of_the_sample_before():
+    p = np.random.default_rng(0).dirichlet(np.ones(3), 8).astype("float32")
+    p[[2, 3, 6]] = p[[1, 1, 5]]  # Rows 2, 3 and 6 are those before them.
+    y = np.arange(8) % 3
+    readout = Predictions()
+    assert readout.measure(p, y, 3).repeated == pytest.approx(3 / 8)
+    state = readout.init(3)
+    for rows in (slice(0, 3), slice(3, 8)):  # Row 3 has none before it in its batch.
+        weight = np.where(np.arange(8) == 6, 0.5, 1.0)[rows].astype("float32")
+        state = readout.update(state, p[rows], y[rows], weight)
+    assert readout.finish(state).repeated == pytest.approx(1.5 / 7.5)
 
 
 def test_what_it_is_judged_by(digits):
@@ -214,6 +304,28 @@ def test_weights_that_are_not_finite(source, layers, digits):
     if layers:
         assert {round(m, 4) for m in model.optimizer.multipliers.values()} == {0.3}
     assert [r["rollbacks"] for r in callback.history][-2:] == [1, 1]
+
+
+def test_a_network_that_is_nearly_dead(digits):
+    """Its hidden units answer to 3 % of the samples only."""
+    x = digits[0]
+    model = make_model(keras.optimizers.Adam(0.01))
+    callback = keras_milr.MutualInformationLR(keep, digits)
+
+    def kill(epoch, logs):
+        if epoch == 2:
+            layer = model.layers[0]
+            column = np.random.default_rng(0).normal(size=(64, 1))
+            layer.kernel.assign(np.repeat(column, 64, axis=1))
+            layer.bias.assign(np.full(64, -np.quantile(x @ column, 0.97)))
+
+    killer = keras.callbacks.LambdaCallback(on_epoch_end=kill)
+    with pytest.warns(UserWarning, match="epoch 3, the output is the same for nearly"):
+        history = model.fit(*digits, epochs=4, verbose=0, callbacks=[killer, callback])
+    assert callback.history[3]["repeated"] > 0.9
+    assert callback.history[3]["variation"] > 0.1
+    assert history.history["loss"][3] < history.history["loss"][2]
+    assert callback.history[4]["rollbacks"] == 1
 
 
 def test_batch_readings_see_it_in_the_epoch(digits):

@@ -6,7 +6,12 @@ import keras
 import numpy as np
 
 from keras_milr import information
-from keras_milr.readouts.predictions import from_counts, h_minus_ce, scaled
+from keras_milr.readouts.predictions import (
+    from_counts,
+    h_minus_ce,
+    repeated,
+    scaled,
+)
 from keras_milr.readouts.result import Information, mean
 
 
@@ -28,9 +33,10 @@ class Columns:
         self._columns = np.asarray(target.columns)
         self._classes = target.num_classes
         self._bins = np.full(len(target.columns), 2)
+        self._spread = np.ones(len(target.columns), "float32")
         if self._continuous:
             self._bins = np.array([len(edges) + 1 for edges in target.edges])
-            self._spread = np.array(target.spread)
+            self._spread = np.array(target.spread, "float32")
             self._edges = np.full((len(self._bins), self._classes - 1), np.inf)
             for row, edges in zip(self._edges, target.edges, strict=True):
                 row[: len(edges)] = edges
@@ -45,6 +51,7 @@ class Columns:
             "counts": np.zeros((units, num_classes + 1, num_classes), "float32"),
             "lowest": np.full(units, np.inf, "float32"),
             "highest": np.full(units, -np.inf, "float32"),
+            "repeated": np.zeros((), "float32"),
         }
         if not self._continuous:
             state["surprise"] = np.zeros((units, 2), "float32")
@@ -86,6 +93,7 @@ class Columns:
             "counts": ops.add(state["counts"], counts),
             "lowest": ops.minimum(state["lowest"], low),
             "highest": ops.maximum(state["highest"], high),
+            "repeated": state["repeated"] + repeated(read / self._spread, weight[:, 0]),
         }
         if not self._continuous:
             sums = self._surprise(outputs, ids, weight, finite)
@@ -117,10 +125,11 @@ class Columns:
                 )
             if state["lowest"][i] <= state["highest"][i]:
                 variation = float(state["highest"][i] - state["lowest"][i])
-                if self._continuous:
-                    variation /= float(self._spread[i])
+                variation /= float(self._spread[i])
             found[int(column)] = from_counts(counts, bound, bound_stderr)._replace(
-                cross_entropy=cross_entropy, variation=variation
+                cross_entropy=cross_entropy,
+                variation=variation,
+                repeated=float(state["repeated"]) / max(float(counts.sum()), 1e-30),
             )
         return found
 

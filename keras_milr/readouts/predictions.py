@@ -108,6 +108,8 @@ class Predictions:
             # Of each output, as a probability, over the rows that are finite.
             "lowest": np.full(num_classes, np.inf, "float32"),
             "highest": np.full(num_classes, -np.inf, "float32"),
+            # Weight of rows that have the same outputs as the row before.
+            "repeated": np.zeros((), "float32"),
         }
 
     def update(self, state: dict, outputs, class_ids, sample_weight=None) -> dict:
@@ -155,6 +157,7 @@ class Predictions:
         if self.from_logits:
             single = outputs.shape[-1] == 1
             outputs = ops.sigmoid(outputs) if single else ops.softmax(outputs)
+        sums["repeated"] = repeated(outputs, sample_weight)
         seen = (finite & (sample_weight > 0))[:, None]
         low = ops.min(ops.where(seen, outputs, np.inf), axis=0)
         high = ops.max(ops.where(seen, outputs, -np.inf), axis=0)
@@ -190,7 +193,11 @@ class Predictions:
             info = from_counts(state["counts"], bound, bound_stderr)
         else:
             info = _without_table(*tally(state), prior, bound, bound_stderr)
-        return info._replace(cross_entropy=cross_entropy, variation=variation)
+        return info._replace(
+            cross_entropy=cross_entropy,
+            variation=variation,
+            repeated=float(state["repeated"]) / max(float(labels.sum()), 1e-30),
+        )
 
     def measure(self, outputs, class_ids, num_classes: int) -> Information:
         """Reads all samples at once: `init`, one `update`, `finish`.
@@ -275,6 +282,13 @@ class Predictions:
     @classmethod
     def from_config(cls, config: dict) -> "Predictions":
         return cls(**config)
+
+
+def repeated(outputs, sample_weight):
+    """Weight of the rows that have the outputs of the row before, within 1e-6."""
+    ops = keras.ops
+    step = ops.max(ops.abs(outputs[1:] - outputs[:-1]), axis=-1)
+    return ops.sum(ops.where(step < 1e-6, sample_weight[1:], 0.0))
 
 
 def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Information:

@@ -27,6 +27,8 @@ class Information(NamedTuple):
         variation: Largest difference between samples in any output, of logits in their
             probabilities; at 0 the outputs do not depend on the input. NaN where it was
             not measured.
+        repeated: Share of the samples whose outputs are those of the sample before, of
+            the same batch, within 1e-6. NaN where it was not measured.
         estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`; of a mean of
             different ones `"mixed"`.
     """
@@ -40,6 +42,7 @@ class Information(NamedTuple):
     bound_stderr: float = float("nan")
     cross_entropy: float = float("nan")
     variation: float = float("nan")
+    repeated: float = float("nan")
     estimator: str = "counts"
 
     @property
