@@ -1,0 +1,200 @@
+"""Predicts numbers from a table, with a learning rate set by mutual information.
+
+Mutual information needs classes, and targets here are numbers. So the callback reads
+in which of a few bins a prediction falls, and in which the target does. The bins hold
+about equal numbers of samples, and there are sqrt(n / 5) of them for n samples, at
+least 2 and at most 16, which is what counts of n samples can serve. The information
+can reach H(bins) at most. What happens within a bin is not seen: the loss is still
+the squared error of the numbers, only the rate is set by bins. A good reading needs
+targets of the scale of the output, so they are standardised.
+
+Compares a constant rate with the rate that mutual information finds and sets, and both
+with ridge regression, over several splits of the data. Prints a table, writes a figure.
+
+    python examples/tabular_regression.py                     # diabetes of scikit-learn
+    python examples/tabular_regression.py --dataset wine      # UCI sets, in the folder
+    python examples/tabular_regression.py --dataset housing   # KERAS_MILR_UCI
+"""
+
+import argparse
+import csv
+import gzip
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
+
+import keras_milr
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", choices=("diabetes", "wine", "housing"), default="diabetes")
+    add("--learning-rate", type=float, default=1e-3, help="the constant one (0.001)")
+    add("--epochs", type=int, default=40)
+    add("--batch-size", type=int, default=16, help="64 is enough for wine and housing")
+    add("--seeds", type=int, default=5, help="number of splits and trainings (5)")
+    add("--output", type=Path, default=Path("results/regression.png"), help="the figure")
+    return parser.parse_args()
+
+
+def load(name):
+    """Features and targets."""
+    if name == "diabetes":
+        return load_diabetes(return_X_y=True, scaled=False)
+    folder = Path(os.environ.get("KERAS_MILR_UCI", "uci"))
+    file = {"wine": "winequality-white.csv.gz", "housing": "cal.housing.npz"}[name]
+    if not (folder / file).exists():
+        raise SystemExit(
+            f"--dataset {name} needs the file {file} in the folder that the environment "
+            f"variable KERAS_MILR_UCI names. Received: {folder}"
+        )
+    if name == "housing":
+        data = np.load(folder / file)
+        return data["x"], data["y"]
+    with gzip.open(folder / file, "rt") as opened:
+        rows = list(csv.reader(opened, delimiter=";"))
+    table = np.array(rows[1:], "float64")  # The first row has names.
+    return table[:, :-1], table[:, -1]
+
+
+def build_model(train_x):
+    normalize = keras.layers.Normalization()
+    normalize.adapt(train_x)  # On what is trained on, only.
+    return keras.Sequential(
+        [
+            keras.Input(train_x.shape[1:]),
+            normalize,
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def train(train_x, train_y, arguments, seed, callbacks, learning_rate=1e-3):
+    keras.utils.set_random_seed(seed)
+    model = build_model(train_x)
+    # "mse" and a single unit say that the targets are numbers; with a loss of your
+    # own, pass `targets="continuous"` to the callback.
+    model.compile(keras.optimizers.Adam(learning_rate), "mse")
+    history = model.fit(
+        train_x,
+        train_y,
+        batch_size=arguments.batch_size,
+        epochs=arguments.epochs,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    return model, history
+
+
+def run(x, y, seed, arguments, progress):
+    """R² on a test set of each way, and what the figure shows of the last."""
+    x, test_x, y, test_y = train_test_split(x, y, test_size=0.3, random_state=seed)
+    mean, spread = y.mean(), y.std()
+    scaled = ((y - mean) / spread).astype("float32")
+    x, test_x = x.astype("float32"), test_x.astype("float32")
+    callback = keras_milr.MutualInformationLR(
+        probe_data=(x, scaled), learning_rate="auto"
+    )
+    constant, _ = train(
+        x, scaled, arguments, seed, [progress], arguments.learning_rate
+    )
+    informed, _ = train(x, scaled, arguments, seed, [callback, progress])
+    found = {
+        f"constant {arguments.learning_rate:g}": constant.predict(test_x, verbose=0),
+        "MI, no rate given": informed.predict(test_x, verbose=0),
+    }
+    found = {name: mean + spread * values[:, 0] for name, values in found.items()}
+    scale = x.mean(axis=0), x.std(axis=0)
+    ridge = RidgeCV(np.logspace(-3, 3, 13)).fit((x - scale[0]) / scale[1], y)
+    found["ridge regression"] = ridge.predict((test_x - scale[0]) / scale[1])
+    scores = {name: r2_score(test_y, values) for name, values in found.items()}
+    return scores, callback, (test_y, found["MI, no rate given"], y)
+
+
+def print_table(scores):
+    """Mean and standard deviation; difference to the first, and its standard error."""
+    first = np.array(list(scores[0].values())[:1] and [next(iter(s.values())) for s in scores])
+    print(f"\n{'':<20} {'test R²':>16} {'against the first':>20}")
+    for name in scores[0]:
+        values = np.array([score[name] for score in scores])
+        gain = values - first
+        spread = error = ""
+        if len(values) > 1:
+            spread = f"±{values.std(ddof=1):.4f}"
+            error = f"±{gain.std(ddof=1) / len(gain) ** 0.5:.4f} se"
+        print(
+            f"{name:<20} {values.mean():>8.4f} {spread:<7} {gain.mean():>+10.4f} {error}"
+        )
+
+
+def write_figure(callbacks, last, title, path):
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(13, 4), layout="constrained"
+    )
+    for callback in callbacks:
+        records = callback.history
+        readings = range(len(records))
+        left.plot(readings, [r["information"] for r in records], "C0", alpha=0.6)
+        middle.step(readings, [r["rate"] for r in records], "C2", alpha=0.6)
+    left.axhline(records[-1]["entropy"], color="k", ls="--", lw=1, label="H(bins)")
+    left.set(xlabel="epochs trained", ylabel="information of bins (nats)", ylim=(0, None))
+    left.legend(frameon=False)
+    middle.set(xlabel="epochs trained", ylabel="learning rate", yscale="log")
+    target, predicted, train_y = last
+    bins = records[-1]["bins"]
+    edges = np.quantile(train_y, np.arange(1, bins) / bins)
+    for edge in edges:
+        right.axhline(edge, color="0.8", lw=0.7)
+        right.axvline(edge, color="0.8", lw=0.7)
+    right.plot(target, predicted, "C0.", ms=4, alpha=0.5)
+    right.axline((target.mean(), target.mean()), slope=1, color="k", ls=":", lw=1)
+    right.set(xlabel="target (test)", ylabel="prediction", title=f"what is read: {bins} bins")
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(f"Figure: {path}")
+
+
+def main():
+    arguments = parse_arguments()
+    x, y = load(arguments.dataset)
+    title = f"{arguments.dataset}: {len(y)} samples, {arguments.seeds} seed(s)"
+    print(f"{title}, {x.shape[1]} features, {arguments.epochs} epochs")
+    bar = keras.utils.Progbar(
+        2 * arguments.seeds * arguments.epochs, unit_name="epoch"
+    )
+    progress = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: bar.add(1)
+    )
+    scores, callbacks = [], []
+    for seed in range(arguments.seeds):
+        score, callback, last = run(x, y, seed, arguments, progress)
+        scores.append(score)
+        callbacks.append(callback)
+    print_table(scores)
+    reading = callback.history[-1]
+    print(
+        f"Read in {reading['bins']} bins: {reading['information']:.3f} of "
+        f"{reading['entropy']:.3f} nats at the end; started from the rate "
+        f"{callback.lr_range.best_lr:.3g} (last seed)"
+    )
+    write_figure(callbacks, last, title, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
