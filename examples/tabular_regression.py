@@ -42,8 +42,17 @@ def parse_arguments():
     add("--epochs", type=int, default=40)
     add("--batch-size", type=int, default=16, help="64 is enough for wine and housing")
     add("--seeds", type=int, default=5, help="number of splits and trainings (5)")
-    add("--output", type=Path, default=Path("results/regression.png"), help="the figure")
+    add(
+        "--output", type=Path, default=Path("results/regression.png"), help="the figure"
+    )
     return parser.parse_args()
+
+
+WAYS = {
+    "constant": None,
+    "MI, decay": {"policy": "decay"},
+    "MI, no rate given": {"policy": "decay", "learning_rate": "auto"},
+}
 
 
 def load(name):
@@ -54,8 +63,8 @@ def load(name):
     file = {"wine": "winequality-white.csv.gz", "housing": "cal.housing.npz"}[name]
     if not (folder / file).exists():
         raise SystemExit(
-            f"--dataset {name} needs the file {file} in the folder that the environment "
-            f"variable KERAS_MILR_UCI names. Received: {folder}"
+            f"--dataset {name} needs the file {file} in the folder that the "
+            f"environment variable KERAS_MILR_UCI names. Received: {folder}"
         )
     if name == "housing":
         data = np.load(folder / file)
@@ -80,62 +89,57 @@ def build_model(train_x):
     )
 
 
-def train(train_x, train_y, arguments, seed, callbacks, learning_rate=1e-3):
-    keras.utils.set_random_seed(seed)
-    model = build_model(train_x)
-    # "mse" and a single unit say that the targets are numbers; with a loss of your
-    # own, pass `targets="continuous"` to the callback.
-    model.compile(keras.optimizers.Adam(learning_rate), "mse")
-    history = model.fit(
-        train_x,
-        train_y,
-        batch_size=arguments.batch_size,
-        epochs=arguments.epochs,
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return model, history
-
-
 def run(x, y, seed, arguments, progress):
-    """R² on a test set of each way, and what the figure shows of the last."""
+    """R² on a test set of each way, and what the figure shows."""
     x, test_x, y, test_y = train_test_split(x, y, test_size=0.3, random_state=seed)
     mean, spread = y.mean(), y.std()
     scaled = ((y - mean) / spread).astype("float32")
     x, test_x = x.astype("float32"), test_x.astype("float32")
-    callback = keras_milr.MutualInformationLR(
-        probe_data=(x, scaled), learning_rate="auto"
-    )
-    constant, _ = train(
-        x, scaled, arguments, seed, [progress], arguments.learning_rate
-    )
-    informed, _ = train(x, scaled, arguments, seed, [callback, progress])
-    found = {
-        f"constant {arguments.learning_rate:g}": constant.predict(test_x, verbose=0),
-        "MI, no rate given": informed.predict(test_x, verbose=0),
-    }
-    found = {name: mean + spread * values[:, 0] for name, values in found.items()}
-    scale = x.mean(axis=0), x.std(axis=0)
-    ridge = RidgeCV(np.logspace(-3, 3, 13)).fit((x - scale[0]) / scale[1], y)
-    found["ridge regression"] = ridge.predict((test_x - scale[0]) / scale[1])
+    held = len(y) // 5  # What decides which epoch was best, in the same way for all.
+    train, validation = (x[held:], scaled[held:]), (x[:held], scaled[:held])
+    found, callbacks = {}, {}
+    for name, information in WAYS.items():
+        keras.utils.set_random_seed(seed)
+        model = build_model(x)
+        # "mse" and a single unit say that the targets are numbers; with a loss of your
+        # own, pass `targets="continuous"` to the callback.
+        model.compile(keras.optimizers.Adam(arguments.learning_rate), "mse")
+        best = keras.callbacks.EarlyStopping(
+            patience=arguments.epochs, restore_best_weights=True
+        )
+        if information is not None:
+            callbacks[name] = keras_milr.MutualInformationLR(
+                probe_data=train, **information
+            )
+        model.fit(
+            *train,
+            validation_data=validation,
+            batch_size=arguments.batch_size,
+            epochs=arguments.epochs,
+            callbacks=[*list(callbacks.values())[-1:], best, progress],
+            verbose=0,
+        )
+        found[name] = mean + spread * model.predict(test_x, verbose=0)[:, 0]
+    middle, width = x.mean(axis=0), x.std(axis=0)
+    ridge = RidgeCV(np.logspace(-3, 3, 13)).fit((x - middle) / width, y)
+    found["ridge regression"] = ridge.predict((test_x - middle) / width)
     scores = {name: r2_score(test_y, values) for name, values in found.items()}
-    return scores, callback, (test_y, found["MI, no rate given"], y)
+    return scores, callbacks, (test_y, found["MI, no rate given"], y)
 
 
 def print_table(scores):
     """Mean and standard deviation; difference to the first, and its standard error."""
-    first = np.array(list(scores[0].values())[:1] and [next(iter(s.values())) for s in scores])
-    print(f"\n{'':<20} {'test R²':>16} {'against the first':>20}")
+    constant = np.array([score["constant"] for score in scores])
+    print(f"\n{'':<20} {'test R²':>16} {'against constant':>18}")
     for name in scores[0]:
         values = np.array([score[name] for score in scores])
-        gain = values - first
+        gain = values - constant
         spread = error = ""
         if len(values) > 1:
             spread = f"±{values.std(ddof=1):.4f}"
             error = f"±{gain.std(ddof=1) / len(gain) ** 0.5:.4f} se"
-        print(
-            f"{name:<20} {values.mean():>8.4f} {spread:<7} {gain.mean():>+10.4f} {error}"
-        )
+        row = f"{name:<20} {values.mean():>8.4f} {spread:<7} {gain.mean():>+10.4f}"
+        print(f"{row} {error}")
 
 
 def write_figure(callbacks, last, title, path):
@@ -144,24 +148,27 @@ def write_figure(callbacks, last, title, path):
     figure, (left, middle, right) = pyplot.subplots(
         1, 3, figsize=(13, 4), layout="constrained"
     )
-    for callback in callbacks:
-        records = callback.history
-        readings = range(len(records))
-        left.plot(readings, [r["information"] for r in records], "C0", alpha=0.6)
-        middle.step(readings, [r["rate"] for r in records], "C2", alpha=0.6)
+    for i, name in enumerate(callbacks[0]):
+        for one in callbacks:
+            records = one[name].history
+            label = name if one is callbacks[0] else None
+            look = {"color": f"C{i}", "alpha": 0.6, "label": label}
+            left.plot([r["information"] for r in records], **look)
+            middle.step(range(len(records)), [r["rate"] for r in records], **look)
     left.axhline(records[-1]["entropy"], color="k", ls="--", lw=1, label="H(bins)")
-    left.set(xlabel="epochs trained", ylabel="information of bins (nats)", ylim=(0, None))
-    left.legend(frameon=False)
+    left.set(xlabel="epochs trained", ylabel="information of bins (nats)")
+    left.set_ylim(0, 1.4 * records[-1]["entropy"])
+    left.legend(frameon=False, loc="upper left")
     middle.set(xlabel="epochs trained", ylabel="learning rate", yscale="log")
     target, predicted, train_y = last
     bins = records[-1]["bins"]
-    edges = np.quantile(train_y, np.arange(1, bins) / bins)
-    for edge in edges:
-        right.axhline(edge, color="0.8", lw=0.7)
-        right.axvline(edge, color="0.8", lw=0.7)
-    right.plot(target, predicted, "C0.", ms=4, alpha=0.5)
+    for edge in np.quantile(train_y, np.arange(1, bins) / bins):
+        right.axhline(edge, color="0.7", lw=0.7)
+        right.axvline(edge, color="0.7", lw=0.7)
+    right.plot(target, predicted, "C1.", ms=4, alpha=0.5)
     right.axline((target.mean(), target.mean()), slope=1, color="k", ls=":", lw=1)
-    right.set(xlabel="target (test)", ylabel="prediction", title=f"what is read: {bins} bins")
+    right.set(xlabel="target (test)", ylabel="prediction")
+    right.set_title(f"what is read: {bins} bins", fontsize="medium")
     for axes in (left, middle):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
@@ -176,24 +183,22 @@ def main():
     title = f"{arguments.dataset}: {len(y)} samples, {arguments.seeds} seed(s)"
     print(f"{title}, {x.shape[1]} features, {arguments.epochs} epochs")
     bar = keras.utils.Progbar(
-        2 * arguments.seeds * arguments.epochs, unit_name="epoch"
+        len(WAYS) * arguments.seeds * arguments.epochs, unit_name="epoch"
     )
     progress = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: bar.add(1)
     )
-    scores, callbacks = [], []
-    for seed in range(arguments.seeds):
-        score, callback, last = run(x, y, seed, arguments, progress)
-        scores.append(score)
-        callbacks.append(callback)
+    results = [run(x, y, seed, arguments, progress) for seed in range(arguments.seeds)]
+    scores, callbacks, shown = zip(*results, strict=True)
     print_table(scores)
-    reading = callback.history[-1]
+    auto = callbacks[-1]["MI, no rate given"]
+    reading = auto.history[-1]
     print(
         f"Read in {reading['bins']} bins: {reading['information']:.3f} of "
-        f"{reading['entropy']:.3f} nats at the end; started from the rate "
-        f"{callback.lr_range.best_lr:.3g} (last seed)"
+        f"{reading['entropy']:.3f} nats at the end, from the rate "
+        f"{auto.lr_range.best_lr:.3g} on (last seed, no rate given)."
     )
-    write_figure(callbacks, last, title, arguments.output)
+    write_figure(callbacks, shown[-1], title, arguments.output)
 
 
 if __name__ == "__main__":
