@@ -201,7 +201,7 @@ def _units(model) -> list[Group]:
             visit(sublayer)
         own = [v for v in layer.trainable_variables if id(v) in path_of]
         if own:
-            path = _common([path_of.pop(id(v)) for v in own])
+            path = _common([path_of.pop(id(v)) for v in own]) or layer.name
             number[path] = number.get(path, 0) + 1
             if number[path] > 1:
                 path = f"{path}#{number[path]}"
@@ -212,14 +212,14 @@ def _units(model) -> list[Group]:
 
 
 def _common(paths):
-    """The segments that all paths begin with; the first path where there are none."""
+    """The segments that all paths begin with; none of a `TFSMLayer`, say."""
     parts = [path.split("/") for path in paths]
     same = 0
     for segments in zip(*parts, strict=False):
         if len(set(segments)) > 1:
             break
         same += 1
-    return "/".join(parts[0][:same]) or paths[0]
+    return "/".join(parts[0][:same])
 
 
 def _check_trainable(model, units, patterns):

@@ -178,6 +178,18 @@ class TestChooseAll:
         )
         assert names_of(model) == ["e", "n"]
 
+    @pytest.mark.backends("tensorflow", reason="others have no SavedModel layer")
+    def test_a_saved_model_is_one_layer_of_its_name(self, tmp_path):
+        """The paths of its weights have nothing in common, nor the layer's name."""
+        plain().export(tmp_path / "saved", verbose=False)
+        layer = K.TFSMLayer(str(tmp_path / "saved"), name="backbone")
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, K.Dense(2, name="head")(layer(inputs)))
+        assert len({v.path for v in layer.trainable_variables}) == 6
+        assert names_of(model) == ["backbone", "head"]
+        assert names_of(model, "backbone") == ["backbone"]
+        assert layers.choose(model, "backbone")[0].variables == layer.trainable_weights
+
     def test_frozen_layers_are_left_out(self):
         model = nested()
         model.layers[0].trainable = False
