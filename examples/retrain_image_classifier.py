@@ -63,7 +63,8 @@ def parse_arguments():
     flag("batch-size", type=int, default=32)
     flag("compare", action="store_true", help="also train at one constant rate")
     flag("seed", type=int, default=0)
-    flag("saved-model", type=Path, help=".keras file, or folder for a SavedModel")
+    flag("saved-model", type=Path, help=".keras file, to be loaded where keras_milr is "
+         "imported, or folder for a SavedModel, which needs no Keras")  # fmt: skip
     flag("output", type=Path, default=Path("results/retrain.png"), help="the figure")
     arguments = parser.parse_args()
     if arguments.image_dir and not arguments.image_dir.is_dir():
@@ -96,7 +97,8 @@ def load_handle(arguments):
         modules = (m for m in vars(keras.applications).values() if hasattr(m, handle))
         prepare = getattr(next(modules, None), "preprocess_input", lambda x: x)
         shape = (*2 * (arguments.image_size or 96,), 3)
-        backbone = function(False, weights=arguments.weights, input_shape=shape)
+        options = {"weights": arguments.weights, "input_shape": shape}
+        backbone = function(include_top=False, **options)
         return lambda x: backbone(prepare(x)), backbone, shape
     try:
         import keras_hub

@@ -1,5 +1,6 @@
 """The scripts run as a user runs them, in a small setting."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from sklearn.datasets import load_diabetes, load_digits, load_wine
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
 
 import keras_milr
 
@@ -79,6 +85,251 @@ def test_finetune(tmp_path):
     }
     assert rows["MI, layer-wise"] > 0.6
     assert rows["one rate"] > 0.6
+
+
+RETRAIN = "examples/retrain_image_classifier.py"
+HELD_OUT = r"^(\S.+?) +(0\.\d+) +0\.\d+$"
+
+
+def test_retraining(tmp_path):
+    """The model that it saves has the accuracy that it prints."""
+    done = run(
+        RETRAIN,
+        *("--dataset=digits", "--samples=200", "--epochs=4", "--compare"),
+        "--batch-size=8",
+        f"--output={tmp_path / 'figures' / 'retrain.png'}",
+        f"--saved_model={tmp_path / 'digits.keras'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figures" / "retrain.png").stat().st_size > 10_000
+    found = dict(re.findall(HELD_OUT, done.stdout, re.MULTILINE))
+    assert set(found) == {"MI, relative, parts", "constant rate"}
+    assert re.search(r"difference: [+-]\d+\.\d+ points ± \d", done.stdout)
+    model = keras.models.load_model(tmp_path / "digits.keras")
+    assert isinstance(model.optimizer, keras_milr.LayerwiseOptimizer)
+    images, labels = load_digits(return_X_y=True)
+    images = (images * 255 / 16).reshape(-1, 8, 8, 1)
+    _, x, _, y = train_test_split(images, labels, random_state=0)
+    right = model.predict(x[y >= 5], verbose=0).argmax(axis=-1) == y[y >= 5] - 5
+    accuracy = float(found["MI, relative, parts"])
+    assert np.mean(right) == pytest.approx(accuracy, abs=1e-4)
+    assert accuracy > 0.6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of noughts and ones, in colours."""
+    images, labels = load_digits(n_class=2, return_X_y=True)
+    path = tmp_path_factory.mktemp("images")
+    for name in ("one", "nought"):
+        (path / name).mkdir()
+    for i, (image, label) in enumerate(zip(images[:120], labels[:120], strict=True)):
+        image = np.repeat(image.reshape(8, 8, 1), 3, axis=2)
+        name = ("nought", "one")[label]
+        keras.utils.save_img(path / name / f"{i}.png", image * 15, scale=False)
+    return path
+
+
+def retrain(folder, tmp_path, *arguments, **environment):
+    done = run(
+        RETRAIN,
+        f"--image_dir={folder}",
+        f"--output={tmp_path / 'retrain.png'}",
+        *arguments,
+        **environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 classes: nought, one" in done.stdout
+    assert (tmp_path / "retrain.png").stat().st_size > 10_000
+    ((_, accuracy),) = re.findall(HELD_OUT, done.stdout, re.MULTILINE)
+    return float(accuracy)
+
+
+def test_retraining_a_saved_model(folder, tmp_path):
+    """Its weights are trained too: what is exported has others."""
+    keras.utils.set_random_seed(0)
+    features = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(8, 3, activation="relu"),
+            keras.layers.Flatten(),
+        ]
+    )
+    features.export(tmp_path / "features", verbose=False)
+    accuracy = retrain(
+        *(folder, tmp_path, f"--handle={tmp_path / 'features'}"),
+        *("--epochs=8", "--learning-rate=0.01"),
+        f"--saved_model={tmp_path / 'model'}",
+    )
+    assert accuracy > 0.8
+    model = tf.saved_model.load(tmp_path / "model")
+    x = np.zeros((4, 8, 8, 3), "float32")
+    assert model.serve(x).shape == (4, 2)
+    kernels = [v.numpy() for v in model.variables if v.shape == (3, 3, 3, 8)]
+    assert len(kernels) == 1
+    assert np.abs(kernels[0] - features.weights[0].numpy()).max() > 1e-3
+
+
+def test_retraining_an_application(folder, tmp_path):
+    """Without weights there are no features to speak of; it must run."""
+    options = ("--handle=MobileNet", "--image-size=32", "--freeze", "--epochs=1")
+    assert 0 <= retrain(folder, tmp_path, *options) <= 1
+
+
+def test_retraining_a_preset(folder, tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.ResNetBackbone(
+        *([64], [3], [64], [1], [1], "basic_block"), image_shape=(None, None, 3)
+    )
+    backbone.save_to_preset(str(tmp_path / "preset"))
+    handle = f"--handle={tmp_path / 'preset'}"
+    retrain(folder, tmp_path, handle, "--image-size=16", "--epochs=1")
+
+
+def test_retraining_without_keras_hub(tmp_path):
+    (tmp_path / "keras_hub.py").write_text("raise ImportError('not there')")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    options = ("--handle=resnet_18_imagenet", "--dataset=digits")
+    done = run(RETRAIN, *options, PYTHONPATH=paths)
+    assert done.returncode == 1
+    assert "pip install keras-hub. (not there)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TEXT = "examples/text_classification.py"
+
+
+def test_texts(tmp_path):
+    """Lines of the descriptions of two data sets, to be told apart."""
+    described = {"digits": load_digits().DESCR, "wine": load_wine().DESCR}
+    path = tmp_path / "lines.tsv"
+    with path.open("w", encoding="utf-8") as file:
+        print("label\ttext", file=file)
+        for name, text in described.items():
+            for line in text.splitlines():
+                if len(line.split()) > 2:
+                    print(name, line, sep="\t", file=file)
+    rows = len(path.read_text(encoding="utf-8").splitlines()) - 1
+    done = run(
+        TEXT,
+        *(f"--text_file={path}", "--epochs=3", "--seeds=2", "--batch-size=8"),
+        *("--learning-rate=0.01", f"--output={tmp_path / 'text.png'}"),
+        f"--saved_model={tmp_path / 'text.keras'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"lines.tsv: {rows} texts" in done.stdout
+    assert (tmp_path / "text.png").stat().st_size > 10_000
+    row = r"^(.{18}) +(0\.\d+) ±0\.\d+ +(0\.\d+) ±0\.\d+ +(\d\.\d+)$"
+    found = {name.strip() for name, *_ in re.findall(row, done.stdout, re.MULTILINE)}
+    assert found == {"constant", "MI, decay", "MI, no rate given"}
+    assert "Classes of" in done.stdout
+    model = keras.models.load_model(tmp_path / "text.keras")
+    strings = tf.constant(["number of instances", "alcohol and malic acid"])
+    assert model.predict(strings, verbose=0).shape == (2, 2)
+
+
+def test_texts_in_a_folder(tmp_path):
+    """Of any kind; five of each class are needed, and it says so."""
+    for name, number in (("a", 6), ("b", 4)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            (tmp_path / name / f"{i}.txt").write_text(f"text {i} of {name}")
+    done = run(TEXT, f"--text_file={tmp_path}")
+    assert done.returncode == 1
+    assert "each with five texts or more. Received: 2 label(s)" in done.stderr
+    assert "['b']" in done.stderr
+
+
+def test_texts_without_a_file(tmp_path):
+    """Without the UCI set it takes docstrings, the same on any machine."""
+    output = f"--output={tmp_path / 'text.png'}"
+    options = ("--epochs=1", "--seeds=1", "--batch-size=512", output)
+    done = run(TEXT, *options, KERAS_MILR_UCI=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (number,) = re.findall(r"^docstrings: (\d+) texts", done.stdout, re.MULTILINE)
+    assert int(number) > 3000
+    for package in ("keras", "numpy", "scipy", "sklearn"):
+        assert re.search(rf"\d{{3,}} {package}", done.stdout)
+
+
+REGRESSION = "examples/tabular_regression.py"
+
+
+def test_regression(tmp_path):
+    """Ridge regression, which does not depend on our package, is what it says."""
+    output = f"--output={tmp_path / 'regression.png'}"
+    done = run(REGRESSION, "--epochs=3", "--seeds=2", "--batch-size=32", output)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "regression.png").stat().st_size > 10_000
+    row = r"^(.{20}) +(-?\d\.\d+) ±"
+    found = {k.strip(): float(v) for k, v in re.findall(row, done.stdout, re.MULTILINE)}
+    ways = ["constant", "MI, decay", "MI, no rate given", "ridge regression"]
+    assert list(found) == ways
+    scores = []
+    for seed in (0, 1):
+        x, y = load_diabetes(return_X_y=True)  # Scaled, which ridge does not mind.
+        x, test_x, y, test_y = train_test_split(x, y, test_size=0.3, random_state=seed)
+        middle, width = x.mean(axis=0), x.std(axis=0)
+        ridge = RidgeCV(np.logspace(-3, 3, 13)).fit((x - middle) / width, y)
+        scores.append(r2_score(test_y, ridge.predict((test_x - middle) / width)))
+    assert found["ridge regression"] == pytest.approx(np.mean(scores), abs=2e-3)
+    # 442 samples, less those of test and validation; sqrt(n / 5) bins.
+    bins = int(np.sqrt((len(y) - len(y) // 5) / 5))
+    assert f"Read in {bins} bins: " in done.stdout
+
+
+def test_policy(tmp_path):
+    """It compares itself with the built-in policy, and fails where they differ."""
+    output = f"--output={tmp_path / 'policy.png'}"
+    done = run("examples/custom_policy.py", "--epochs=3", "--seeds=1", output)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "policy.png").stat().st_size > 10_000
+    assert done.stdout.count(": True") == 3
+    assert "  reference         2.302" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            "tensorflow", marks=pytest.mark.supports("Models", "custom `train_step`")
+        ),
+        "jax",
+        "torch",
+    ],
+)
+def test_train_step(backend, tmp_path):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    done = run(
+        "examples/custom_train_step.py",
+        *("--epochs=3", f"--output={tmp_path / 'step.png'}"),
+        KERAS_BACKEND=backend,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Keras on {backend}" in done.stdout
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    (same, difference) = re.search(
+        r"the same rates (\w+), largest difference of a weight (\S+)", done.stdout
+    ).groups()
+    assert same == "True"
+    assert float(difference) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (RETRAIN, ["--image_dir=/none"], "--image-dir must be a folder. Received: /no"),
+        (TEXT, ["--text_file=/none"], "--text-file does not exist. Received: /none"),
+        (REGRESSION, ["--dataset=wine"], "variable KERAS_MILR_UCI names. Received: /n"),
+        ("examples/custom_policy.py", ["--expected=-1"], "at least 0. Received: -1.0"),
+        ("examples/custom_train_step.py", ["--learning-rate=high"], "invalid rate"),
+    ],
+)
+def test_wrong_flags(script, arguments, message):
+    done = run(script, *arguments, KERAS_MILR_UCI="/none")
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def test_optimizer_step_benchmark(tmp_path):
