@@ -88,7 +88,7 @@ def test_finetune(tmp_path):
 
 
 RETRAIN = "examples/retrain_image_classifier.py"
-HELD_OUT = r"^(\S.+?) +(0\.\d+) +0\.\d+$"
+HELD_OUT = r"^(\S.+?) +([01]\.\d+) +0\.\d+$"
 
 
 def test_retraining(tmp_path):
