@@ -156,7 +156,7 @@ def write_figure(logs, path):
     keys = {
         "probe_information": "information (nats)",
         "learning_rate": "learning rate",
-        "gradient_norm": "norm of the gradients, mean of the epoch",
+        "gradient_norm": "norm of the gradients",
     }
     for one, (key, label) in zip(axes, keys.items(), strict=True):
         one.plot(epochs, logs[key], ".-")

@@ -70,8 +70,9 @@ def load(name):
         data = np.load(folder / file)
         return data["x"], data["y"]
     with gzip.open(folder / file, "rt") as opened:
-        rows = list(csv.reader(opened, delimiter=";"))
-    table = np.array(rows[1:], "float64")  # The first row has names.
+        lines = opened.read().replace(";", ",").splitlines()  # UCI's own has ";".
+    _, *rows = csv.reader(lines)  # The first row has names.
+    table = np.array(rows, "float64")
     return table[:, :-1], table[:, -1]
 
 

@@ -219,7 +219,7 @@ def test_texts(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"lines.tsv: {rows} texts" in done.stdout
     assert (tmp_path / "text.png").stat().st_size > 10_000
-    row = r"^(.{18}) +(0\.\d+) ±0\.\d+ +(0\.\d+) ±0\.\d+ +(\d\.\d+)$"
+    row = r"^(.{18}) +(0\.\d+) ±0\.\d+ +(0\.\d+) ±0\.\d+ +(-?\d\.\d+)$"
     found = {name.strip() for name, *_ in re.findall(row, done.stdout, re.MULTILINE)}
     assert found == {"constant", "MI, decay", "MI, no rate given"}
     assert "Classes of" in done.stdout
@@ -276,6 +276,15 @@ def test_regression(tmp_path):
     # 442 samples, less those of test and validation; sqrt(n / 5) bins.
     bins = int(np.sqrt((len(y) - len(y) // 5) / 5))
     assert f"Read in {bins} bins: " in done.stdout
+
+
+@pytest.mark.skipif("KERAS_MILR_UCI" not in os.environ, reason="no UCI sets")
+def test_regression_on_wine(tmp_path):
+    options = ("--dataset=wine", "--epochs=1", "--seeds=1", "--batch-size=512")
+    done = run(REGRESSION, *options, f"--output={tmp_path / 'regression.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "wine: 4898 samples, 1 seed(s), 11 features" in done.stdout
+    assert "Read in " in done.stdout
 
 
 def test_policy(tmp_path):
