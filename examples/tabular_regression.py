@@ -70,8 +70,10 @@ def load(name):
         data = np.load(folder / file)
         return data["x"], data["y"]
     with gzip.open(folder / file, "rt") as opened:
-        lines = opened.read().replace(";", ",").splitlines()  # UCI's own has ";".
-    _, *rows = csv.reader(lines)  # The first row has names.
+        # UCI's own file has ";" between columns, and their names on top.
+        rows = list(csv.reader(opened.read().replace(";", ",").splitlines()))
+    if rows[0][0].startswith("fixed"):
+        rows = rows[1:]
     table = np.array(rows, "float64")
     return table[:, :-1], table[:, -1]
 
