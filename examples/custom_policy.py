@@ -196,7 +196,10 @@ def write_figure(results, path):
 def main():
     arguments = parse_arguments()
     data = load()
-    growth = Growth(arguments.expected)
+    try:
+        growth = Growth(arguments.expected)
+    except ValueError as error:
+        raise SystemExit(f"--expected: {error}") from error
     policies = {
         "no callback": None,
         "function keep": keep,

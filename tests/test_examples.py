@@ -339,6 +339,7 @@ def test_wrong_flags(script, arguments, message):
     done = run(script, *arguments, KERAS_MILR_UCI="/none")
     assert done.returncode != 0
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_optimizer_step_benchmark(tmp_path):
