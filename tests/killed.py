@@ -2,16 +2,20 @@
 
     python -m tests.killed --kills 60
 
-This process only imports; it forks one that trains for each start, since to import
-TensorFlow takes longer than the training. The one that trains tells what it is doing
-over a pipe, so that kills fall into every kind of moment. Prints a line of JSON for
-each training, with its rates and those of the same training when nobody kills it.
+On the backend that `KERAS_BACKEND` names. This process only imports; it forks one that
+trains for each start, since to import TensorFlow takes longer than the training. The
+one that trains tells what it is doing over a pipe, so that kills fall into every kind
+of moment. Prints a line of JSON for each training, with its rates and those of the same
+training when nobody kills it; and at the end, on stderr, how much they differ at most.
 """
 
 import argparse
 import collections
 import contextlib
+import importlib
+import itertools
 import json
+import math
 import os
 import random
 import select
@@ -74,6 +78,25 @@ SETTINGS = {
     "batches": ({"update_freq": 10}, 3e-3, {"poisoned": (3,)}),
     "checkpoint": ({}, 3e-3, {"poisoned": (6,), "disturbed": (5,)}),
 }
+
+
+def by_step(rates):
+    """Of `rates`: the moments of the readings, their rates, and the last."""
+    steps = [(epoch, batch, count) for epoch, batch, _, count in rates["readings"]]
+    values = [
+        list(rate.values()) if isinstance(rate, dict) else rate
+        for _, _, rate, _ in rates["readings"]
+    ]
+    return steps, np.array(values), np.array(rates["final"])
+
+
+def largest_difference(found, expected):
+    """Of two `rates`, relative; infinite for readings at other moments."""
+    found, expected = by_step(found), by_step(expected)
+    if found[0] != expected[0]:
+        return math.inf
+    pairs = zip(found[1:], expected[1:], strict=True)
+    return max(float(np.max(np.abs(a / b - 1))) for a, b in pairs)
 
 
 def digits():
@@ -201,6 +224,16 @@ def announcing(pipe, function, moment, target):
     return announced
 
 
+def prepare():
+    """What each process that is forked would do again, and more slowly."""
+    # Keras imports it to save a model, on every backend.
+    importlib.import_module("tensorflow")
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def start(setting, folder, output, target=None):
     """Forks a process that trains. Returns its id and the pipe that it tells on."""
 
@@ -311,6 +344,7 @@ def run(setting, folder, kills, rng):
         number = rng.randint(1, min(3, len(lengths[moment])))
         length, target = max(lengths[moment][-3:]), None
         if moment not in TIMED:
+            length = lengths[moment][number - 1]  # The first one may compile.
             target = moment, number, rng.randint(1, length)
         process = start(setting, folder, output, target)
         found = kill(*process, moment, number, rng.random() * length)
@@ -327,23 +361,36 @@ def run(setting, folder, kills, rng):
     }
 
 
+def trainings(settings, kills, rng):
+    """Trains with each setting in turn, until there are so many kills."""
+    total, each = 0, -(-kills // len(settings))
+    for setting in itertools.cycle(settings):
+        if total == kills:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(setting, Path(folder), min(each, kills - total), rng)
+        total += len(result["killed_in"])
+        yield result
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     arguments = parser.parse_args()
-    rng, total = random.Random(arguments.seed), 0
-    while total < arguments.kills:
-        for setting in arguments.settings:
-            with tempfile.TemporaryDirectory() as folder:
-                each = -(-arguments.kills // len(arguments.settings))
-                kills = min(each, arguments.kills - total)
-                if kills == 0:
-                    return
-                result = run(setting, Path(folder), kills, rng)
-            total += len(result["killed_in"])
-            print(json.dumps(result), flush=True)
+    prepare()
+    rng, hit, differences = random.Random(arguments.seed), [], []
+    for result in trainings(arguments.settings, arguments.kills, rng):
+        print(json.dumps(result), flush=True)
+        hit += result["killed_in"]
+        differences.append(largest_difference(result["found"], result["expected"]))
+    moments = dict(collections.Counter(hit))
+    print(
+        f"{keras.backend.backend()}: {len(hit)} kills {moments} in {len(differences)} "
+        f"trainings; largest difference of rates {max(differences):.3g}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -25,18 +25,9 @@ ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KERAS_MILR_KILLS", "6"))
 
 
-def by_step(rates):
-    steps = [(epoch, batch, count) for epoch, batch, _, count in rates["readings"]]
-    values = [
-        list(rate.values()) if isinstance(rate, dict) else rate
-        for _, _, rate, _ in rates["readings"]
-    ]
-    return steps, np.array(values), np.array(rates["final"])
-
-
 def assert_same(found, expected):
     """The same readings at the same moments, and rates that differ by 1e-6 at most."""
-    found, expected = by_step(found), by_step(expected)
+    found, expected = killed.by_step(found), killed.by_step(expected)
     assert found[0] == expected[0]
     for a, b in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
