@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_milr import _keras, targets
+from keras_milr import _keras, backend, targets
 
 
 class Output(NamedTuple):
@@ -49,7 +49,7 @@ def outputs_of(model, x) -> list[Output]:
         )
     first = np.zeros(fixed_batch_size(model) or 1, "int64")
     row = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
-    with keras.StatelessScope():
+    with backend.inference(model), keras.StatelessScope():
         structure = model(row, training=False)
     flat = keras.tree.flatten(structure)
     shapes = [tuple(t.shape) for t in flat]

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 
+from keras_milr import backend
 from keras_milr.readouts import Information
 from keras_milr.untouched import assign, has_statistics
 
@@ -17,9 +18,9 @@ _LITTLE = 0.1  # share of H(Y)
 class Rollback:
     """Keeps the weights of the last good reading, and says when to go back to them.
 
-    Two copies of the weights and of the optimizer's state are held in the host's
-    memory: those of the start, until half of H(Y) is known, and those of the last
-    good reading.
+    Two copies of the weights, of the buffers of PyTorch's modules and of the
+    optimizer's state are held in the host's memory: those of the start, until half of
+    H(Y) is known, and those of the last good reading.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -77,7 +78,7 @@ class Rollback:
 
     def _failure(self, values, output, loss):
         trained = {id(v) for v in self._model.trainable_variables}
-        weights = self._model.weights
+        weights, slots = self._model.weights, self._model.optimizer.variables
         of_model = zip(weights, values, strict=False)  # The optimizer's come after.
         finite = _are_finite(value for v, value in of_model if id(v) in trained)
         # A loss scale skips the steps that are not finite, by design.
@@ -86,7 +87,7 @@ class Rollback:
             return "the loss or the weights are not finite"
         # Of a gradient whose square overflows, Adam keeps an infinite average: the
         # weights are what they were, and never change again.
-        if not _are_finite(values[len(weights) :]):
+        if not _are_finite(values[len(weights) : len(weights) + len(slots)]):
             return "the optimizer's state is not finite"
         if self._best is None:
             return None
@@ -191,7 +192,8 @@ class Rollback:
         )
 
     def _variables(self):
-        return [*self._model.weights, *self._model.optimizer.variables]
+        model = self._model
+        return [*model.weights, *model.optimizer.variables, *backend.buffers(model)]
 
     def _values(self):
         # Copies: the array may be a view of the memory that is trained in.

@@ -15,7 +15,7 @@ import zlib
 import keras
 import numpy as np
 
-from keras_milr import _keras
+from keras_milr import _keras, backend
 
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
@@ -117,7 +117,8 @@ class State:
 
         Returns:
             The state; a dict of arrays, or None where they are not known; and whether
-            the reading of the epoch before is missing.
+            the reading of the epoch before is missing. What Keras has not restored is
+            restored now.
 
         Raises:
             ValueError: for a state of another training, model or epoch.
@@ -147,6 +148,9 @@ class State:
                 "saved at the end of that epoch, MutualInformationLR must stand before "
                 f"the callback that saves it. Received: initial_epoch={epoch}"
             )
+        for name, buffer in self._unsaved().items():
+            if arrays is not None and name in arrays:
+                buffer.assign(arrays[name])
         return content, arrays, missing
 
     def _content(self, with_weights=True):
@@ -156,8 +160,15 @@ class State:
         arrays = {}
         if with_weights and rollback is not None:
             arrays = rollback.changed(kept[1])
+        if with_weights:
+            arrays |= {name: np.array(b) for name, b in self._unsaved().items()}
         content = content | {"rollback": kept and kept[0]}
         return _marked(content | {"iterations": self._iterations()}), arrays
+
+    def _unsaved(self):
+        """Buffers of PyTorch's modules that Keras does not save with the weights."""
+        buffers = [one for one in backend.buffers(self._model) if not one.saved]
+        return {f"buffer_{buffer.name}": buffer for buffer in buffers}
 
     def _iterations(self):
         return int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
@@ -217,7 +228,8 @@ def read(path):
     """The state in a file: a model's, its weights' or a JSON one.
 
     Returns:
-        The state and a dict of arrays; None where a model's file has none.
+        The state and a dict of arrays, which is None for a JSON file; None where a
+        model's file has none.
 
     Raises:
         ValueError: for a file of another kind, and for one that is damaged.
@@ -227,7 +239,7 @@ def read(path):
     if path.endswith(".json"):
         with open(path, encoding="utf-8") as file:
             try:
-                return _checked(json.load(file), path), {}
+                return _checked(json.load(file), path), None
             except ValueError as error:  # Of JSON or of UTF-8 too.
                 raise _no_state(path, error) from error
     if not path.endswith((".keras", ".weights.h5")):

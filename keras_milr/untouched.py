@@ -43,8 +43,9 @@ def untouched(model, settle: int | None = None):
 
     The model trains with a copy of its optimizer and a train function of its own, both
     put away afterwards; an optimizer that was not built is still not. The compiled
-    metrics are left out of it. Weights, statistics, the states of random seeds and the
-    metrics that the model itself owns are set back.
+    metrics are left out of it. Weights, statistics, the states of random seeds, buffers
+    and modes of PyTorch's modules, and the metrics that the model itself owns are set
+    back.
 
     What is kept elsewhere is not known: a second optimizer in a custom `train_step`,
     say, or what a layer writes into Python attributes.
@@ -59,29 +60,39 @@ def untouched(model, settle: int | None = None):
     Yields:
         A function that sets the model and the optimizer back to the start.
     """
-    # Not the memory that the variables are trained in: a view would follow them.
-    variables = [(v, keras.ops.convert_to_numpy(v).copy()) for v in model.variables]
+    variables = _kept([*model.variables, *backend.buffers(model)])
     optimizer = _copy_optimizer(model)
-    slots = [(v, keras.ops.convert_to_numpy(v).copy()) for v in optimizer.variables]
+    slots = _kept(optimizer.variables)
     momentum = [(layer, layer.momentum) for layer in _normalisations(model)]
 
     def restart():
         assign(variables + slots)
 
-    with _keras.set_aside(model, optimizer):
-        metrics = [
-            (v, keras.ops.convert_to_numpy(v).copy()) for v in model.metrics_variables
-        ]
+    with _keras.set_aside(model, optimizer), backend.module_modes(model):
+        metrics = _kept(model.metrics_variables)
         try:
-            for layer, value in momentum if settle is not None else ():
-                # A hundredth of the old statistics is left at the end.
-                layer.momentum = min(value, 0.01 ** (1 / settle))
+            if settle is not None:
+                _settle(momentum, settle)
             yield restart
         finally:
             for layer, value in momentum:
                 layer.momentum = value
             model.reset_metrics()  # Those that were built only now.
             assign(variables + metrics)
+
+
+def _kept(variables):
+    # Not the memory that the variables are trained in: a view would follow them.
+    return [(v, keras.ops.convert_to_numpy(v).copy()) for v in variables]
+
+
+def _settle(momentum, steps):
+    kept = 0.01 ** (1 / steps)  # A hundredth of the old is left at the end.
+    for layer, value in momentum:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = min(value, kept)
+        elif value is not None:  # PyTorch's, which is the share of the new.
+            layer.momentum = max(value, 1 - kept)
 
 
 def assign(pairs):
@@ -106,12 +117,14 @@ def assign(pairs):
 
 def has_statistics(model) -> bool:
     """Whether the model has batch normalisation that follows the training."""
-    return any(layer.trainable for layer in _normalisations(model))
+    # PyTorch's does, whether its weights are trained or not.
+    return any(getattr(one, "trainable", True) for one in _normalisations(model))
 
 
 def _normalisations(model):
     kind = keras.layers.BatchNormalization
-    return [layer for layer in _keras.all_layers(model) if isinstance(layer, kind)]
+    found = [layer for layer in _keras.all_layers(model) if isinstance(layer, kind)]
+    return [*found, *backend.normalisations(model)]
 
 
 def _copy_optimizer(model):

@@ -11,7 +11,9 @@ from sklearn.metrics import mutual_info_score
 
 import keras_milr
 from keras_milr import backend, layers, probe, sampling
-from keras_milr.readouts import LinearReadout, Predictions
+from keras_milr._keras import all_layers
+from keras_milr.readouts import Information, LinearReadout, Predictions
+from keras_milr.rollback import Rollback
 from tests import backends, reference
 
 PLAIN = pytest.mark.backends("jax", "torch", reason="TensorFlow is the backend")
@@ -385,6 +387,244 @@ def test_modules_of_pytorch_are_in_inference_mode_and_left_as_they_were(digits):
     assert first.raw == pytest.approx(
         mutual_info_score(sample.class_ids, predicted), abs=1e-6
     )
+
+
+class Counting(keras.layers.Layer):
+    """Has buffers of its own, which Keras does not save; replaces one of them."""
+
+    def __init__(self):
+        super().__init__()
+        import torch
+
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+
+    def call(self, x):
+        if x.device.type != "meta":  # Keras finds out shapes.
+            self.calls += 1
+            self.last = x.detach().mean().reshape(1)
+        return x
+
+
+def with_modules(kind="sequential", rate=0.05):
+    import torch
+
+    keras.utils.set_random_seed(0)
+    parts = [
+        keras.layers.Dense(16, name="hidden"),
+        Counting(),
+        keras.layers.TorchModuleWrapper(
+            torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.ReLU()),
+            output_shape=(None, 16),
+        ),
+        keras.layers.Dense(10, activation="softmax", name="head"),
+    ]
+    if kind == "sequential":
+        model = keras.Sequential([keras.Input((64,)), *parts])
+    elif kind == "functional":
+        x = inputs = keras.Input((64,))
+        for part in parts:
+            x = part(x)
+        model = keras.Model(inputs, x)
+    else:
+        model = Chain(parts)
+        model(np.zeros((1, 64)), training=False)
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    return model
+
+
+class Chain(keras.Model):
+    def __init__(self, parts):
+        super().__init__()
+        self.one, self.two, self.three, self.four = parts
+
+    def call(self, x):
+        return self.four(self.three(self.two(self.one(x))))
+
+
+def whole_state(model):
+    """Every number of a model with modules of PyTorch, by what PyTorch says of them."""
+    (norm,) = (w.module for w in all_layers(model) if hasattr(w, "module"))
+    (counting,) = (w for w in all_layers(model) if isinstance(w, Counting))
+    values = [*norm.state_dict().values(), counting.calls, counting.last]
+    values += [*model.variables, *model.optimizer.variables]
+    modes = [module.training for module in [*norm.modules(), counting]]
+    return [keras.ops.convert_to_numpy(v).copy() for v in values], modes, norm[0]
+
+
+def assert_bit_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+MODULES = pytest.mark.backends("torch", reason="a model with modules of PyTorch")
+
+
+@MODULES
+@pytest.mark.supports("Backends", "roll back")
+@pytest.mark.parametrize("kind", ["sequential", "functional", "subclassed"])
+def test_buffers_of_modules_are_rolled_back(kind, digits):
+    """Statistics and whatever else a module keeps, bit for bit, with the weights."""
+    model = with_modules(kind)
+    model.fit(*digits, epochs=2, verbose=0)
+    kept, _, norm = whole_state(model)
+    assert norm.num_batches_tracked > 0
+    guard = Rollback(model)
+    good = Information(1.8, 1.8, np.log(10), 0.0, 0.02)
+    guard.keep(good, ["good"])
+    held = norm.running_mean
+    model.fit(*digits, epochs=1, verbose=0)
+    norm.running_var.fill_(np.nan)
+    moved = whole_state(model)[0]
+    assert sum(np.any(a != b) for a, b in zip(moved, kept, strict=True)) > 8
+    assert guard.restore() == (["good"], 0.3)
+    assert_bit_equal(whole_state(model)[0], kept)
+    assert norm.running_mean is held  # Others may hold it too.
+
+
+@MODULES
+def test_after_a_roll_back_statistics_are_finite(digits):
+    """NaN in a batch is in the running averages for ever."""
+    model = with_modules()
+    callback = keras_milr.MutualInformationLR(lambda reading: reading.rate, digits)
+    norm = whole_state(model)[2]
+
+    class Spoil(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                norm.running_mean.fill_(np.nan)
+                kernel = self.model.layers[-1].kernel
+                kernel.assign(np.full(kernel.shape, np.nan))
+
+    with pytest.warns(UserWarning, match="are back at the last good reading"):
+        model.fit(*digits, epochs=4, verbose=0, callbacks=[callback, Spoil()])
+    assert all(np.all(np.isfinite(value)) for value in whole_state(model)[0])
+    assert callback.history[-1]["information"] > 1.5
+
+
+@MODULES
+@pytest.mark.supports("Backends", "range test without a trace")
+@pytest.mark.parametrize("kind", ["sequential", "subclassed"])
+def test_the_range_test_leaves_modules_as_they_were(kind, digits):
+    model = with_modules(kind)
+    model.train_on_batch(*(a[:64] for a in digits))
+    for training in (True, False):
+        values, _, norm = whole_state(model)
+        norm.train(training)
+        expected = [norm.training]
+        keras_milr.lr_range_test(model, *digits, verbose=0)
+        assert_bit_equal(whole_state(model)[0], values)
+        assert [norm.training, norm.momentum] == [*expected, 0.1]
+
+
+@MODULES
+def test_a_reading_leaves_modules_as_they_were(digits):
+    """Also what counts in inference mode."""
+    model = with_modules()
+    model.fit(*digits, epochs=1, verbose=0)
+    values, modes, _ = whole_state(model)
+    sample = sampling.draw_sample(digits, model, 500)
+    probe.Probe(model, sample, Predictions()).measure()
+    found = whole_state(model)
+    assert_bit_equal(found[0], values)
+    assert found[1] == modes
+
+
+@MODULES
+def test_the_range_test_reads_a_module_as_keras_own_layer(digits):
+    """Batch normalisation, whose statistics have to follow a few steps."""
+    found = []
+    for own in (True, False):
+        model = with_modules()
+        if own:
+            norm = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5)
+            layers = [norm, keras.layers.ReLU(), model.layers[-1]]
+            twin = keras.Sequential([keras.Input((64,)), model.layers[0], *layers])
+            twin.compile(keras.optimizers.SGD(0.05, momentum=0.9), model.loss)
+            model = twin
+        found.append(
+            keras_milr.lr_range_test(
+                *(model, *digits), candidates=[1e-3, 1e-2, 0.1], steps=8, verbose=0
+            )
+        )
+    # PyTorch divides by n − 1 for the running variance.
+    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=0.02)
+    np.testing.assert_allclose(found[0].information, found[1].information, atol=0.05)
+    assert found[1].information[-1] > 1.0
+
+
+@MODULES
+def test_statistics_of_modules_that_lag_are_no_failure():
+    """As of Keras' own batch normalisation: what is trained may be better."""
+    nats = np.log(10)
+    good = Information(1.8, 1.8, nats, 0.0, 0.02, 1.8, 0.02, nats - 1.8, 0.5)
+    bad = Information(0.0, 0.0, nats, 0.0, 0.02, 0.0, 0.02, 2.5, 0.5)
+    for follows in (True, False):
+        model = with_modules()
+        whole_state(model)[2].track_running_stats = follows
+        guard = Rollback(model)
+        guard.keep(good, [good])
+        failure = guard.judge(bad, [bad], loss=0.5)
+        assert failure is None if follows else "information was lost" in failure
+
+
+@MODULES
+@pytest.mark.supports("Backends", "resuming after a kill")
+@pytest.mark.supports("Company", "BackupAndRestore", "ModelCheckpoint")
+@pytest.mark.supports("Training options", "initial_epoch")
+@pytest.mark.parametrize("by", ["backup", "checkpoint"])
+def test_buffers_of_modules_are_resumed(by, digits, tmp_path):
+    """Those that Keras saves, and those that it does not, which ride with the state."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(epoch, logs=None):
+        if epoch == 3:
+            raise Killed
+
+    def run(folder, *others, first=0):
+        model = with_modules()
+        callback = keras_milr.MutualInformationLR("relative", digits)
+        keeper = keras.callbacks.BackupAndRestore(folder)
+        if by == "checkpoint":
+            path = str(folder / "{epoch}.weights.h5")
+            keeper = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+        if first:
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(folder / f"{first}.weights.h5")
+            callback.load_state(folder / f"{first}.weights.h5")
+        callbacks = [callback, keeper, *others]
+        options = {"epochs": 5, "initial_epoch": first, "shuffle": False, "verbose": 0}
+        model.fit(*digits, callbacks=callbacks, **options)
+        return model, [record["rate"] for record in callback.history]
+
+    expected = run(tmp_path / "alone")
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        run(folder, keras.callbacks.LambdaCallback(on_epoch_begin=die))
+    found = run(folder, first=3 if by == "checkpoint" else 0)
+    assert found[1] == expected[1]
+    assert len(set(found[1])) > 3
+    assert_bit_equal(whole_state(found[0])[0], whole_state(expected[0])[0])
+
+
+@MODULES
+def test_buffers_that_keras_does_not_save(digits, tmp_path):
+    """Without the callback. If this fails, Keras has learned it."""
+    model, other = with_modules(), with_modules()
+    model.fit(*digits, epochs=1, verbose=0)
+    model.save_weights(tmp_path / "plain.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "plain.weights.h5")
+    norms = [whole_state(one)[2] for one in (model, other)]
+    means = [keras.ops.convert_to_numpy(norm.running_mean) for norm in norms]
+    np.testing.assert_array_equal(*means)
+    calls = [one.calls for one in all_layers(other) if isinstance(one, Counting)]
+    assert [int(n) for n in calls] == [0]
+    assert [b.saved for b in backend.buffers(model)].count(False) == 2
 
 
 @pytest.mark.backends("torch", reason="its tensors know gradients")

@@ -16,6 +16,17 @@ A module for each backend has these functions:
   is traced once for each set of shapes and types, and reads the weights that the
   model has when it is called.
 
+What modules of PyTorch inside a model keep beside Keras, which is nothing elsewhere:
+
+- `buffers(model)`: their buffers, as what has a `name` and `assign`, is an array to
+  NumPy, and says by `saved` whether Keras saves it with the weights.
+- `inference(model)`: context in which they are in inference mode, and after which
+  buffers and modes are as before.
+- `module_modes(model)`: context after which each module is in training mode, or not, as
+  before.
+- `normalisations(model)`: the modules that normalise batches and follow the training in
+  their statistics. Their `momentum` is the share of the new, if not None.
+
 Datasets and global random numbers are not those of the backend only: a model on JAX may
 be trained from a `DataLoader` of PyTorch or a `tf.data.Dataset`. The modules of
 TensorFlow and PyTorch have these two as well, and here stand for every library that is
@@ -46,10 +57,14 @@ if keras.backend.backend() not in _MODULES:
 
 _backend = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
 bincount = _backend.bincount
+buffers = _backend.buffers
 compile_step = _backend.compile_step
 is_in_reach = _backend.is_in_reach
 is_symbolic = _backend.is_symbolic
 jit = _backend.jit
+inference = _backend.inference
+module_modes = _backend.module_modes
+normalisations = _backend.normalisations
 
 
 @contextlib.contextmanager
@@ -76,10 +91,14 @@ def _libraries():
 
 __all__ = [
     "bincount",
+    "buffers",
     "compile_step",
     "fresh",
+    "inference",
     "is_in_reach",
     "is_symbolic",
     "jit",
+    "module_modes",
+    "normalisations",
     "own_random_state",
 ]

@@ -1,5 +1,6 @@
 """How a measurement is compiled on JAX."""
 
+import contextlib
 import functools
 
 import jax
@@ -38,6 +39,22 @@ def bincount(ids, size, weights=None):
 @functools.partial(jax.jit, static_argnums=2)
 def _bincount(ids, weights, size):
     return jax.numpy.bincount(ids, weights, length=size)
+
+
+def buffers(model):
+    return []
+
+
+def inference(model):
+    return contextlib.nullcontext()
+
+
+def module_modes(model):
+    return contextlib.nullcontext()
+
+
+def normalisations(model):
+    return []
 
 
 def compile_step(model, step):

@@ -35,6 +35,22 @@ def bincount(ids, size, weights=None):
     return counts.numpy()
 
 
+def buffers(model):
+    return []
+
+
+def inference(model):
+    return contextlib.nullcontext()
+
+
+def module_modes(model):
+    return contextlib.nullcontext()
+
+
+def normalisations(model):
+    return []
+
+
 def compile_step(model, step):
     def forward(x):
         # Stateless, so that even a layer which draws random numbers or updates

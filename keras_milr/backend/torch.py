@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import torch
 
+from keras_milr import _keras
+
 _measuring = contextvars.ContextVar("keras_milr_measuring", default=False)
 
 
@@ -56,22 +58,95 @@ def bincount(ids, size, weights=None):
 
 def compile_step(model, step):
     def forward(x):
-        with _evaluating(model), keras.StatelessScope():
+        with inference(model), keras.StatelessScope():
             return model(x, training=False)
 
     return jit(functools.partial(step, forward))
 
 
 @contextlib.contextmanager
-def _evaluating(model):
-    """Modules of PyTorch inside the model go by their own flag, not by `training`."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def inference(model):
+    # A module goes by its own flag, not by `training`, and may write into its buffers
+    # in inference mode too.
+    kept = [(buffer, buffer.tensor.clone()) for buffer in buffers(model)]
+    with module_modes(model):
+        for module in _modules(model):
+            module.training = False
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                buffer.assign(value)
+
+
+@contextlib.contextmanager
+def module_modes(model):
+    modes = [(module, module.training) for module in _modules(model)]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _modules(model):
+    # Where Keras keeps layers in a list, PyTorch does not know of them.
+    layers = [model, *_keras.all_layers(model)]
+    return [module for layer in layers for module in layer.modules()]
+
+
+class Buffer:
+    """A buffer of a module, with what we use of a variable of Keras.
+
+    Args:
+        module: The module that holds it, somewhere inside.
+        path: Its name there: the tensor itself may be replaced.
+        layer: Number of the layer.
+        saved: Whether Keras saves it with the weights.
+    """
+
+    def __init__(self, module, path, layer, saved):
+        self._module = module
+        self._path = path
+        self.name = f"{layer}.{path}"
+        self.saved = saved
+
+    @property
+    def tensor(self):
+        return self._module.get_buffer(self._path)
+
+    def assign(self, value):
+        with torch.no_grad():
+            # In place, since others may hold it too.
+            self.tensor.resize_(value.shape).copy_(keras.ops.convert_to_tensor(value))
+
+    def __array__(self, dtype=None, copy=None):
+        value = keras.ops.convert_to_numpy(self.tensor)  # A copy.
+        return value if dtype is None else value.astype(dtype)
+
+
+def buffers(model):
+    found = []
+    for i, layer in enumerate([model, *_keras.all_layers(model)]):
+        wrapped = isinstance(layer, keras.layers.TorchModuleWrapper)
+        module = layer.module if wrapped else layer
+        saved = module.state_dict() if wrapped else ()
+        # Of a layer only its own: what is inside of it is listed by itself.
+        for path, tensor in module.named_buffers(recurse=wrapped):
+            # Keras finds out shapes by calls without values, of which some may be left.
+            if not tensor.is_meta:
+                found.append(Buffer(module, path, i, path in saved))
+    return found
+
+
+def normalisations(model):
+    kinds = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+    return [
+        module
+        for module in dict.fromkeys(_modules(model))
+        if isinstance(module, (*kinds, torch.nn.SyncBatchNorm))
+        and module.track_running_stats
+    ]
 
 
 @contextlib.contextmanager
