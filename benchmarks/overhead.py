@@ -21,7 +21,7 @@ process holds at the end beyond that of the `fit` without.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --settings cnn --epochs 10
-    python benchmarks/overhead.py --quick
+    KERAS_BACKEND=jax python benchmarks/overhead.py --quick
 """
 
 import argparse
@@ -147,7 +147,8 @@ def train(setting, variant, clock, x, y, arguments):
     layers, optimizer = None, model.optimizer
     if variant == "layers":
         layers, optimizer = "all", keras_milr.LayerwiseOptimizer(optimizer)
-    options = {"jit_compile": False, **SETTINGS[setting][0]}
+    # JAX trains that way or not compiled at all.
+    options = {"jit_compile": keras.backend.backend() == "jax", **SETTINGS[setting][0]}
     model.compile(optimizer, model.loss, metrics=["accuracy", *metrics], **options)
     callback = None
     if variant in ("probe", "batches", "layers"):
@@ -183,7 +184,7 @@ def run_variant(setting, name, turns, arguments, results):
         clock = Clock(name, turns, arguments.turn)
         x, y = load(arguments.dataset, arguments.samples)
         clock.start()
-        # TensorFlow's own first steps, which are no part of any variant.
+        # The backend's own first steps, which are no part of any variant.
         quickstart.build_model("mlp", x.shape[1:], "adam", 1e-3).fit(
             x[:640], y[:640], verbose=0
         )

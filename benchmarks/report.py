@@ -1,6 +1,7 @@
 """What all benchmarks of speed share: how they measure, print and write."""
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 
 def quartiles(values) -> list[float]:
@@ -27,10 +27,11 @@ def print_ratios(title, ratios):
 def write(path, arguments, ratios, **data):
     """Writes JSON that `compare.py` reads: `ratios` of times, the lower the better."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    libraries = (keras.backend.backend(), "keras")
     content = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
         "arguments": {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()
         },

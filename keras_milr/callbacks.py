@@ -86,7 +86,10 @@ class MutualInformationLR(keras.callbacks.Callback):
     ```
 
     While less than half of H(Y) is known, and after a reading that was worse than the
-    best, such a file also has the weights to roll back to.
+    best, such a file also has the weights to roll back to. The order of batches is not
+    in it: with `shuffle=True` a resumed `fit` draws another one than it would have had.
+    On JAX a keyboard interrupt inside of a training step leaves a model without
+    weights, since Keras has given them to the step: go on from a file.
 
     Example:
 

@@ -2,7 +2,7 @@
 
 It rides in the file that the weights are saved to, whoever saves them: one file cannot
 hold the weights of one moment and the state of another. Without weights it is a JSON
-file.
+file. Buffers of PyTorch's modules that Keras does not save ride with it.
 """
 
 import contextlib

@@ -7,15 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import tempfile
-import keras, numpy as np, tensorflow as tf
+import keras, numpy as np
 import keras_milr
 from tests import killed
 
-tf.config.experimental.enable_op_determinism()
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+    tf.config.experimental.enable_op_determinism()
+elif keras.backend.backend() == "torch":
+    import torch
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
 x, y = killed.digits()
 
 
@@ -43,7 +51,8 @@ def fit(source, policy=None, backup=False):
         history = model.fit(
             x, y, epochs=3, verbose=0, callbacks=callbacks, validation_split=0.1
         )
-    learned = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
+    variables = [*model.variables, *model.optimizer.variables]
+    learned = [keras.ops.convert_to_numpy(v).copy() for v in variables]
     return learned, history.history, [c.history for c in callbacks[:1]]
 
 
@@ -70,6 +79,8 @@ for source in ("layers", "metric", "auto"):
 """
 
 
+@pytest.mark.supports("Backends", "same seeds, same rates")
+@pytest.mark.supports("Company", "BackupAndRestore")
 def test_same_seeds_same_rates():
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
