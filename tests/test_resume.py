@@ -16,13 +16,18 @@ import keras_milr
 from keras_milr import MutualInformationLR, callbacks, state
 from keras_milr.controller import Controller
 from tests import killed
+from tests.backends import NAME
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:MutualInformationLR. epoch .* are back at the last good reading"
 )
 ROOT = Path(__file__).parent.parent
+# Elsewhere than on TensorFlow a start takes longer: what most depends on the backend.
 # The long setting: KERAS_MILR_KILLS=60.
-KILLS = int(os.environ.get("KERAS_MILR_KILLS", "6"))
+SETTINGS = ["rollback", "layers", "checkpoint"]
+if NAME == "tensorflow":
+    SETTINGS += ["auto", "metric", "network"]
+KILLS = int(os.environ.get("KERAS_MILR_KILLS", len(SETTINGS)))
 
 
 def assert_same(found, expected):
@@ -47,13 +52,15 @@ def alone(tmp_path_factory):
     return rates
 
 
+@pytest.mark.supports("Backends", "resuming after a kill")
+@pytest.mark.supports("Company", "BackupAndRestore", "ModelCheckpoint")
+@pytest.mark.supports("Training options", "initial_epoch")
 def test_killed_at_random_moments():
     """Processes that end by SIGKILL, at moments drawn at random."""
-    settings = ["rollback", "auto", "layers", "metric", "network", "checkpoint"]
     run = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-m", "tests.killed"),
-            *("--kills", str(KILLS), "--settings", *settings),
+            *("--kills", str(KILLS), "--settings", *SETTINGS),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -66,8 +73,9 @@ def test_killed_at_random_moments():
     hit = [moment for training in trainings for moment in training["killed_in"]]
     print(f"{len(hit)} kills: { {moment: hit.count(moment) for moment in set(hit)} }")
     assert len(hit) >= KILLS
-    assert {"range test", "roll back"} <= set(hit)
-    assert {training["setting"] for training in trainings} == set(settings)
+    assert "roll back" in hit
+    assert "range test" in hit or "auto" not in SETTINGS
+    assert {training["setting"] for training in trainings} == set(SETTINGS)
     for training in trainings:
         assert_same(training["found"], training["expected"])
     (rolled_back, *_) = (t for t in trainings if t["setting"] == "rollback")
@@ -485,6 +493,25 @@ class TestJSON:
         assert_same(killed.rates(callback, model), alone("network"))
         callback.save_state(path)  # After the training too.
         assert json.loads(path.read_text())["epoch"] == 8
+
+    def test_without_the_weights_to_roll_back_to(self, tmp_path):
+        """Those of that moment stand in, with what was read of them."""
+        x, y = killed.digits()
+        path = tmp_path / "state.json"
+        model = killed.make_model("rollback")
+        callback = MutualInformationLR(keep, (x, y))
+        spoil = killed.Spoil(disturbed=(2,))
+        options = {"batch_size": 64, "shuffle": False, "verbose": 0}
+        model.fit(x, y, epochs=3, callbacks=[callback, spoil], **options)
+        callback.save_state(path)
+        read = [record["information"] for record in callback.history]
+        assert read[-1] < read[-2] - 0.1
+        callback.load_state(path)
+        callbacks = [callback, killed.Spoil(poisoned=(3,))]
+        options |= {"initial_epoch": 3, "epochs": 5}
+        model.fit(x, y, callbacks=callbacks, **options)
+        assert callback.history[-1]["rollbacks"] == 1
+        assert callback.history[-1]["previous"] == read[-1]
 
     def test_it_is_replaced_as_a_whole_or_not_at_all(self, tmp_path, monkeypatch):
         x, y = killed.digits()
