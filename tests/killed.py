@@ -25,6 +25,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import keras
@@ -265,6 +266,8 @@ def start(setting, folder, output, target=None):
         result = rates(*train(setting, folder, epochs, watch=watch))
         output.write_text(json.dumps(result))
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
