@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.saving import saving_lib
@@ -73,6 +74,28 @@ def saved_entry(path: str, name: str) -> dict:
         stack.callback(store.close)
         entry = store.get(name)
         return {key: entry[key] for key in list(entry.keys())}
+
+
+def is_whole(path: str) -> bool:
+    """Whether all that is in a file of weights can be read.
+
+    Of one that was cut off while it was written, the beginning may say that it is
+    whole; public Keras finds out in the middle of loading.
+    """
+
+    def load(name, item):
+        if hasattr(item, "dtype"):  # It is no group.
+            np.asarray(item)
+
+    try:
+        store = saving_lib.H5IOStore(pathlib.Path(path))
+        try:
+            store.h5_file.visititems(load)
+        finally:
+            store.close()
+    except (KeyError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def callbacks_of_caller() -> list | None:

@@ -247,7 +247,11 @@ def read(path):
             "Argument `path` must end in '.keras', '.weights.h5' or '.json'. "
             f"Received: path={path!r}"
         )
-    return _decoded(_keras.saved_entry(path, _NAME), path)
+    try:
+        entry = _keras.saved_entry(path, _NAME)
+    except (KeyError, RuntimeError) as error:  # Of a file that was cut off.
+        raise _no_state(path, error) from error
+    return _decoded(entry, path)
 
 
 def write(path, content):
@@ -297,17 +301,20 @@ def mend(backup):
     so is what is left of one that was being deleted: with it Keras could not start.
     """
     weights, previous, metadata = _keras.backup_paths(backup)
-    try:
-        found = read(weights) if os.path.exists(weights) else None
-    except OSError:
-        if not os.path.exists(previous) and not os.path.exists(metadata):
+    exists = os.path.exists(weights)
+    if exists and not _keras.is_whole(weights):
+        if os.path.exists(previous):
+            # Keras takes it where it cannot open the file; some that are cut it can.
+            os.truncate(weights, 0)
+        elif not os.path.exists(metadata):
             _take_away(weights)
-        return  # Where there is a previous one, Keras takes it.
+        return
+    found = read(weights) if exists else None
     if found is not None:
         epoch = {"epoch": found[0]["epoch"], "batch": 0}
         if _epoch_in(metadata) != epoch["epoch"]:
             write(metadata, epoch)
-    elif not os.path.exists(weights) and os.path.exists(metadata):
+    elif not exists and os.path.exists(metadata):
         _take_away(metadata)
 
 

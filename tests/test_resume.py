@@ -177,10 +177,22 @@ class TestBackup:
         callback, model = killed.train("network", folder)
         assert_same(killed.rates(callback, model), alone("network"))
 
-    def test_of_which_the_weights_are_cut(self, stopped, alone):
+    @pytest.mark.parametrize("opens", [False, True])
+    def test_of_which_the_weights_are_cut(self, opens, stopped, alone):
+        """Keras goes back to the file before where it cannot open this one only."""
         folder = stopped("network", 3)
         weights = folder / "backup" / "latest.weights.h5"
-        os.truncate(weights, os.path.getsize(weights) // 2)
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: len(whole) // 2])
+        if opens:
+            # As a kill has left it: what comes first says how long it is.
+            weights.write_bytes(whole[:2048] + bytes(len(whole) - 2048))
+            model = killed.make_model("network")
+            model.optimizer.build(model.trainable_variables)
+            with pytest.raises((KeyError, RuntimeError, ValueError)):
+                model.load_weights(weights)
+            with pytest.raises(ValueError, match="cannot be read: it is damaged"):
+                MutualInformationLR().load_state(weights)
         callback, model = killed.train("network", folder)
         assert_same(killed.rates(callback, model), alone("network"))
 
