@@ -98,18 +98,25 @@ def is_whole(path: str) -> bool:
     return True
 
 
-def callbacks_of_caller() -> list | None:
-    """The callbacks of the `CallbackList` that is calling; None without one.
+def calling_list() -> keras.callbacks.CallbackList | None:
+    """The `CallbackList` that is calling; None without one.
 
-    Public Keras tells a callback nothing of the others, nor of their order.
+    Public Keras tells a callback nothing of the others, nor of their order. These are
+    in its attribute `callbacks`.
     """
     frame = sys._getframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList):
-            return caller.callbacks
+            return caller
         frame = frame.f_back
     return None
+
+
+def callbacks_of_caller() -> list | None:
+    """The callbacks of the `CallbackList` that is calling; None without one."""
+    caller = calling_list()
+    return None if caller is None else caller.callbacks
 
 
 def backup_paths(backup) -> tuple[str, str, str]:

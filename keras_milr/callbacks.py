@@ -1,5 +1,6 @@
 """The callback that sets the learning rate from mutual information."""
 
+import copy
 import math
 import re
 import threading
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import policies, probe, rates, readouts, sampling
+from keras_milr import company, policies, probe, rates, readouts, sampling
 from keras_milr._arguments import (
     LARGEST,
     LARGEST_SEED,
@@ -67,11 +68,35 @@ class MutualInformationLR(keras.callbacks.Callback):
     bias) and `probe_information` (what the policy sees for the network), both of the
     last reading; with `layers` also `learning_rate/<layer>` and
     `probe_mutual_information/<layer>`.
-    `EarlyStopping("probe_mutual_information")` needs `mode="max"`.
 
-    In the list of callbacks it should stand before those that use these keys, before
-    `BackupAndRestore` (which is checked), and before any that calls `evaluate` or
-    changes weights; and after those that set the rate too, whose rate it then takes up.
+    In the list of callbacks it must stand before `BackupAndRestore`, and before one of
+    your own that uses these keys, calls `evaluate` or changes weights; and after one of
+    your own that sets the rate too, whose rate it then takes up. Among others of Keras
+    it may stand anywhere: it is called after `LearningRateScheduler` and
+    `ReduceLROnPlateau`, and before `TensorBoard`, `CSVLogger`, `SwapEMAWeights` and
+    whatever monitors `probe_mutual_information` or `probe_information`, of which more
+    is better. So readings are of the weights that are trained, not of their averages.
+    What `TensorBoard` logs as `learning_rate` is the optimizer's by then, the rate of
+    the next epoch; so does a `ReduceLROnPlateau` that monitors one of our keys.
+
+    In a training loop of your own, its hooks are called as `fit` calls them; for
+    `initial_epoch` and the like there are no arguments:
+
+    ```python
+    callbacks = keras.callbacks.CallbackList(
+        [callback], model=model, epochs=10, steps=len(batches)
+    )
+    callbacks.on_train_begin()
+    for epoch in range(10):
+        model.reset_metrics()
+        callbacks.on_epoch_begin(epoch)
+        for i, (x, y) in enumerate(batches):
+            callbacks.on_train_batch_begin(i)
+            logs = model.train_on_batch(x, y, return_dict=True)
+            callbacks.on_train_batch_end(i, logs)
+        callbacks.on_epoch_end(epoch, logs)
+    callbacks.on_train_end()
+    ```
 
     A training that was interrupted can be resumed, and its rates go on as if nothing
     had happened. With `BackupAndRestore` by the same script; a kill while it saves is
@@ -314,9 +339,22 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._probe = None
         self._table = None
 
+    def __deepcopy__(self, memo):
+        # Tuners copy callbacks for each trial. Data may be large, or have no copies,
+        # and the model of the last `fit` is no part of this.
+        copied = copy.copy(self)
+        copied.history = copy.deepcopy(self.history)
+        copied._state = self._state.copy()
+        return copied
+
+    def set_model(self, model):
+        super().set_model(model)
+        company.take_place(self)
+
     def on_train_begin(self, logs=None):
         self.history = []
         self._controller = self._rollback = None
+        self._set, self._replaced = None, 0
         self.lr_range = None
         self._state.begin(self)
         if self._is_auto():
@@ -364,7 +402,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
         # the end of the epoch.
-        trained = min(batch + 1, self.params.get("steps") or math.inf)
+        trained = min(batch + 1, self._planned("steps") or math.inf)
         if self.update_freq == "epoch":
             # In several threads at once; each has its batches in their order.
             self._batch_by_thread[threading.get_ident()] = trained
@@ -389,10 +427,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._batch = max(self._batch_by_thread.values(), default=self._batch)
         if self._table is not None:
             self._table.end_epoch(logs)
-        # Of the last batch, where its reading has changed them.
-        base, by_layer = self._trained or self._rates_now(self.model)
+        base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
         if self.update_freq == "epoch":
+            self._see_who_sets(base)
             self._update(logs)
         self._note_state(epoch + 1)
         if self._probe is None:
@@ -493,7 +531,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 f"rate {rates.base_rate(self.model):.4g}."
             )
         if missing:
-            self._epoch, self._batch = epoch - 1, self.params.get("steps") or 0
+            self._epoch, self._batch = epoch - 1, self._planned("steps") or 0
             self._update({})
             self._epoch, self._batch = epoch, 0
 
@@ -573,7 +611,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         x, y, weight = data, None, None
         if isinstance(data, tuple):
             x, y, weight = (*data, None)[:3]
-            steps = self.params.get("steps")
+            steps = self._planned("steps")
             rows = len(keras.tree.flatten(x)[0])
             batch_size = -(-rows // steps) if steps else None
         try:
@@ -619,6 +657,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._roll_back(reading, failure)
                 return
         new = self._controller.act(reading)
+        self._set = None if new is None else rates.base_rate(self.model)
         if new is not None and self.verbose > 0:
             names = self._rates.names
             what = f"rate to {new[0]}"
@@ -660,6 +699,32 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._table is not None and self.update_freq != "epoch":
             return math.sqrt(2) * info.stderr  # Each reading has other samples.
         return info.noise
+
+    def _rates_of_last_batch(self, logs):
+        """The rates before anybody has set those of the next one."""
+        if self._trained is not None:  # We have, by a reading of it.
+            return self._trained
+        base, by_layer = self._rates_now(self.model)
+        trained = logs.get("learning_rate", base)  # Who sets it too has logged it.
+        return trained, by_layer * (trained / base if base > 0 else 1.0)
+
+    def _see_who_sets(self, trained):
+        """Warns where another callback sets the rate over ours again and again."""
+        if self.layers is not None or self._set is None:
+            return
+        # Once it has lasted for an epoch, others may do what they want.
+        ours, self._set = self._set, None
+        self._replaced += 1 if trained != ours else -math.inf
+        if self._replaced == 2:
+            warnings.warn(
+                "MutualInformationLR: another callback has set the learning rate of "
+                f"each epoch so far, this one to {trained:.4g}, after it had been set "
+                f"to {ours:.4g}. If that is a warm-up, all is well; a "
+                "LearningRateScheduler should then return the rate that it is given. "
+                "Else leave one of the two out, or set the rates of layers, with "
+                '`layers="all"`, around the rate that the other one sets.',
+                stacklevel=2,
+            )
 
     def _rates_now(self, model):
         return rates.base_rate(model), self._rates.get()
@@ -723,8 +788,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             stacklevel=2,
         )
 
+    def _planned(self, name):
+        return (self.params or {}).get(name)  # In a loop of one's own there are none.
+
     def _planned_steps(self, epoch):
-        epochs, batches = self.params.get("epochs"), self.params.get("steps")
+        epochs, batches = self._planned("epochs"), self._planned("steps")
         if epochs is None or (batches is None and self.update_freq != "epoch"):
             return None
         if self.update_freq == "epoch":

@@ -156,7 +156,7 @@ def _series(history):
         # fmax: the larger of the two bounds, where there are two.
         outputs = [record["output"] for record in records]
         series["output"] = np.array([np.fmax(o["value"], o["bound"]) for o in outputs])
-    batches = history.params.get("steps") or max(series["batch"].max(), 1)
+    batches = (history.params or {}).get("steps") or max(series["batch"].max(), 1)
     series["epoch"] = series["epoch"] + series["batch"] / batches
     return series
 

@@ -37,6 +37,13 @@ class State:
         self._noted = None  # The state without its marks, and a `Rollback` or None.
         self._rider = _Rider(self._content, self._on_loaded)
 
+    def copy(self):
+        """The same for another callback: what is to be resumed, or can be saved."""
+        copied = State()
+        names = ("_model", "_loaded", "_noted")
+        vars(copied).update({name: vars(self)[name] for name in names})
+        return copied
+
     @property
     def resumes(self) -> bool:
         """Whether there is a state to go on from."""

@@ -1,0 +1,47 @@
+"""Where the callback stands among others, so that their order does not matter."""
+
+import keras
+
+from keras_milr import _keras
+
+KEYS = ("probe_mutual_information", "probe_information")
+# These set the rate, of an epoch or from now on.
+_BEFORE = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
+# These use what is in the logs, or change the weights.
+_BEHIND = (
+    keras.callbacks.CSVLogger,
+    keras.callbacks.History,
+    keras.callbacks.SwapEMAWeights,
+    keras.callbacks.TensorBoard,
+)
+
+
+def take_place(callback):
+    """Makes its caller call a callback before those that use its keys.
+
+    A callback is told of its model before anything else, and by a list that goes
+    through all of them. That gets a list in another order, for all that comes next:
+    `callback` stands before the first that uses its keys, and behind those that set the
+    rate too, which is then what they say. Among each other, those that set the rate
+    and all others keep their order.
+
+    Args:
+        callback: A callback whose `set_model` is called.
+    """
+    caller = _keras.calling_list()
+    if caller is None or callback not in caller.callbacks:
+        return
+    callbacks, here = caller.callbacks, caller.callbacks.index(callback)
+    uses = [isinstance(other, _BEHIND) or _monitors(other) for other in callbacks]
+    place = uses.index(True) if any(uses[:here]) else here
+    rest = [other for other in callbacks[place:] if other is not callback]
+    setters = [o for o in rest if isinstance(o, _BEFORE) and not _monitors(o)]
+    others = [other for other in rest if other not in setters]
+    caller.callbacks = [*callbacks[:place], *setters, callback, *others]
+    for other in filter(_monitors, callbacks):
+        if getattr(other, "mode", None) == "auto":
+            other.mode = "max"  # As Keras finds out about metrics.
+
+
+def _monitors(other):
+    return str(getattr(other, "monitor", "")).startswith(KEYS)

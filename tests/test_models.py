@@ -1,0 +1,264 @@
+"""Models of every make: the output and every layer are read, and both are trained by it.
+
+Each trains twice, layer by layer and as a whole. What was read is computed anew from
+`model.predict`.
+"""
+
+import keras
+import numpy as np
+import pytest
+from sklearn.metrics import mutual_info_score
+
+from keras_milr import LayerwiseOptimizer, MutualInformationLR
+from tests import reference
+from tests.backends import NAME, OwnStep
+
+K = keras.layers
+MODELS = {}
+
+
+def model(*rows, **marks):
+    """Registers a function of vectors of 64 pixels to a model and its inputs."""
+
+    def add(make):
+        MODELS[make.__name__] = pytest.param(
+            make,
+            id=make.__name__,
+            marks=[pytest.mark.supports("Models", row) for row in rows],
+        )
+        return make
+
+    return add
+
+
+def head(x):
+    return K.Dense(10, activation="softmax", name="head")(x)
+
+
+def images(x):
+    return x.reshape(-1, 8, 8, 1)
+
+
+def rows_of(x):
+    return x.reshape(-1, 8, 8)
+
+
+def halves(x):
+    return x[:, :32], x[:, 32:]
+
+
+@model("Sequential", "Dropout", "BatchNormalization")
+def sequential(x):
+    layers = [K.Conv2D(8, 3, name="conv"), K.BatchNormalization(momentum=0.5)]
+    layers += [K.ReLU(), K.Flatten(), K.Dropout(0.2)]
+    last = K.Dense(10, activation="softmax", name="head")
+    return keras.Sequential([keras.Input((8, 8, 1)), *layers, last]), images(x)
+
+
+@model("Sequential")
+def not_built(x):
+    layers = [K.Dense(16, "relu"), K.Dense(10, activation="softmax", name="head")]
+    return keras.Sequential(layers), x
+
+
+@model("functional")
+def functional(x):
+    inputs = keras.Input((64,))
+    left, right = K.Dense(16, "relu")(inputs), K.Dense(16, "tanh")(inputs)
+    hidden = K.LayerNormalization()(K.Add()([left, right]))
+    return keras.Model(inputs, head(hidden)), x
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = K.Dense(16, activation="relu")
+        self.drop = K.Dropout(0.2)
+        self.head = K.Dense(10, activation="softmax", name="head")
+
+    def call(self, x, training=None):
+        return self.head(self.drop(self.hidden(x), training=training))
+
+
+@model("subclassed")
+def subclassed(x):
+    return Subclassed(), x
+
+
+class WithOwnStep(Subclassed, OwnStep):
+    pass
+
+
+@model("custom `train_step`")
+def own_step(x):
+    return WithOwnStep(), x
+
+
+@model("nested")
+def nested(x):
+    inner = keras.Sequential([keras.Input((64,)), K.Dense(16, "relu")], name="inner")
+    inputs = keras.Input((64,))
+    middle = keras.Model(inputs, K.Dense(16, "relu")(inner(inputs)), name="middle")
+    last = K.Dense(10, activation="softmax", name="head")
+    return keras.Sequential([keras.Input((64,)), middle, last]), x
+
+
+@model("shared layers")
+def shared(x):
+    inputs = keras.Input((64,))
+    first, again = K.Dense(16, "relu"), K.Dense(16, "relu", name="again")
+    hidden = again(again(first(inputs)))
+    return keras.Model(inputs, head(hidden)), x
+
+
+@model("several inputs: list")
+def list_of_inputs(x):
+    inputs = [keras.Input((32,)), keras.Input((32,))]
+    hidden = K.Concatenate()([K.Dense(16, "relu")(part) for part in inputs])
+    return keras.Model(inputs, head(hidden)), list(halves(x))
+
+
+@model("several inputs: dict")
+def dict_of_inputs(x):
+    inputs = {name: keras.Input((32,), name=name) for name in ("top", "bottom")}
+    hidden = K.Concatenate()([K.Dense(16, "relu")(part) for part in inputs.values()])
+    given = dict(zip(("top", "bottom"), halves(x), strict=True))
+    return keras.Model(inputs, head(hidden)), given
+
+
+@model("recurrent")
+def recurrent(x):
+    hidden = [K.Masking(), K.Bidirectional(K.GRU(8, return_sequences=True)), K.LSTM(16)]
+    last = K.Dense(10, activation="softmax", name="head")
+    return keras.Sequential([keras.Input((8, 8)), *hidden, last]), rows_of(x)
+
+
+@model("attention")
+def attention(x):
+    """Rows as tokens; those without ink are masked."""
+    inputs = keras.Input((8, 8))
+    hidden = K.Dense(16)(K.Masking()(inputs))
+    causal = K.MultiHeadAttention(2, 8, name="causal")
+    hidden = K.Add()([hidden, causal(hidden, hidden, use_causal_mask=True)])
+    hidden = K.LayerNormalization()(hidden)
+    mask = K.Lambda(
+        lambda x: keras.ops.any(x != 0, axis=-1)[:, None, :], output_shape=(1, 8)
+    )(inputs)
+    given = K.MultiHeadAttention(2, 8, name="given")
+    hidden = given(hidden, hidden, attention_mask=mask)
+    return keras.Model(inputs, head(K.GlobalAveragePooling1D()(hidden))), rows_of(x)
+
+
+@model("preprocessing layers")
+def preprocessing(x):
+    normalization = K.Normalization()
+    normalization.adapt(x)
+    layers = [K.Rescaling(1 / 16), normalization, K.Dense(16, "relu")]
+    last = K.Dense(10, activation="softmax", name="head")
+    return keras.Sequential([keras.Input((64,)), *layers, last]), 16 * x
+
+
+@model("frozen parts")
+def frozen(x):
+    body = keras.Sequential(
+        [keras.Input((64,)), K.Dense(32, "relu"), K.BatchNormalization()], name="body"
+    )
+    body.trainable = False
+    inputs = keras.Input((64,))
+    hidden = K.Dense(16, "relu", name="hidden")(body(inputs))
+    return keras.Model(inputs, head(hidden)), x
+
+
+@model("keras.applications", "BatchNormalization")
+def applications(x):
+    """Far too deep for digits; averages of batches are those of the last ones."""
+    made = keras.applications.MobileNetV3Small(
+        input_shape=(32, 32, 1),
+        weights=None,
+        alpha=0.25,
+        minimalistic=True,
+        include_preprocessing=False,
+        include_top=False,
+        pooling="avg",
+    )
+    return keras.Model(made.inputs, head(made.outputs[0])), np.kron(
+        images(x), np.ones((4, 4, 1), "float32")
+    )
+
+
+@model("KerasHub backbone", "attention")
+def keras_hub(x):
+    hub = pytest.importorskip("keras_hub")
+    bert = hub.models.BertBackbone(
+        vocabulary_size=17,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=16,
+    )
+    tokens = (16 * images(x)[:, 2:6, 2:6]).astype("int32").reshape(-1, 16)
+    given = {"token_ids": tokens, "segment_ids": np.zeros_like(tokens)}
+    given["padding_mask"] = np.ones_like(tokens)
+    hidden = keras.ops.reshape(bert.output["sequence_output"], (-1, 16 * 16))
+    return keras.Model(bert.inputs, head(hidden)), given
+
+
+SLOW = (recurrent, applications, keras_hub)  # to compile by XLA
+
+
+def weights_of(layer):
+    return [keras.ops.convert_to_numpy(v).copy() for v in layer.trainable_variables]
+
+
+@pytest.mark.parametrize("make", MODELS.values())
+def test_a_model(digits, make):
+    x, y = digits[0][:600], digits[1][:600]
+    made, x = make(x)
+    made.compile(
+        LayerwiseOptimizer(keras.optimizers.Adam(3e-3)),
+        "sparse_categorical_crossentropy",
+        jit_compile=False if NAME == "tensorflow" and make in SLOW else "auto",
+    )
+    layers = MutualInformationLR(
+        lambda r: r.rate * np.linspace(0.9, 1.1, len(r.rate)), (x, y), layers="all"
+    )
+    history = made.fit(
+        x, y, epochs=2, batch_size=60, verbose=0, callbacks=[layers]
+    ).history
+    names = list(layers.history[-1]["rate"])
+    assert names[-1] == "head"
+    check(layers.history[-1]["output"], made, x, y)
+    p = reference.linear_readout(made.predict(x, verbose=0), y, 10)
+    found = {key: layers.history[-1][key]["head"] for key in ("bound", "raw")}
+    assert found["bound"] == pytest.approx(reference.h_minus_ce(p, y)[0], abs=0.03)
+    assert found["raw"] == pytest.approx(
+        mutual_info_score(y, p.argmax(axis=1)), abs=0.02
+    )
+    rates = [history[f"learning_rate/{name}"] for name in (names[0], "head")]
+    np.testing.assert_allclose(rates, [[3e-3, 2.7e-3], [3e-3, 3.3e-3]], rtol=1e-5)
+    multipliers = list(made.optimizer.multipliers.values())
+    assert min(multipliers) == pytest.approx(0.9**2)
+    assert max(multipliers) == pytest.approx(1.1**2)
+
+    before = weights_of(made)
+    whole = MutualInformationLR(lambda r: r.rate / 2, (x, y))
+    history = made.fit(
+        x, y, epochs=2, batch_size=60, verbose=0, callbacks=[whole]
+    ).history
+    np.testing.assert_allclose(history["learning_rate"], [3e-3, 1.5e-3], rtol=1e-5)
+    check(whole.history[-1], made, x, y)
+    for old, new in zip(before, weights_of(made), strict=True):
+        assert np.any(old != new)
+    assert whole.history[-1]["value"] > 0.1
+    print(whole.history[-1]["value"], layers.history[-1]["value"])
+
+
+def check(record, made, x, y):
+    """Against scikit-learn and plain NumPy, on what the model predicts now."""
+    p = made.predict(x, verbose=0)
+    assert record["raw"] == pytest.approx(
+        mutual_info_score(y, p.argmax(axis=1)), abs=1e-4
+    )
+    assert record["bound"] == pytest.approx(reference.h_minus_ce(p, y)[0], abs=1e-3)
+    assert all(np.isfinite(v) for v in record.values() if isinstance(v, float))
