@@ -381,7 +381,7 @@ def test_keras_tuner(data, tmp_path):
 def test_grid_search_of_scikit_learn(data):
     x, y = data
 
-    def make(X, y):  # noqa: N803
+    def make(X, y):
         model = make_model()
         model.compile(keras.optimizers.Adam(1e-2), "categorical_crossentropy")
         return model

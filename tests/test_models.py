@@ -1,4 +1,4 @@
-"""Models of every make: the output and every layer are read, and both are trained by it.
+"""Models of every make: output and layers are read, and the model trained by that.
 
 Each trains twice, layer by layer and as a whole. What was read is computed anew from
 `model.predict`.
