@@ -141,11 +141,11 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
         n = check_lengths(x, y, sample_weight)
         if n == 0:
             continue
+        _check_inputs(x)
         if pool is None:
             plan = _Plan(model, x, y, output, kind)
             pool = _Pool(plan.classes)
         ids = plan.checked(y, sample_weight)
-        _check_finite(x)
         rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
         batch_sizes.append(n)
         if sample_weight is not None:
@@ -535,8 +535,15 @@ def check_lengths(x, y, sample_weight) -> int:
     return shapes[0][0]
 
 
-def _check_finite(x):
+def _check_inputs(x):
     for array in keras.tree.flatten(x):
+        if array.dtype.kind in "OSU" and keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                "The inputs in `probe_data` must be numbers: only the backend "
+                "TensorFlow has strings in a model. Look them up in the data, as by "
+                "`dataset.map(lambda x, y: (text_vectorization(x), y))`. "
+                f"Received: an array of {array.dtype}, such as {array.flat[0]!r}"
+            )
         if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
             raise ValueError(
                 "The inputs in `probe_data` must be finite. Received an array of shape "

@@ -326,6 +326,7 @@ class TestReadings:
         assert [r["step"] for r in callback.history] == [0, 1]
         assert callback.history[0]["start_rate"] == pytest.approx(2.5e-4)
 
+    @pytest.mark.supports("Data", "generators, drawn from once")
     def test_a_generator_is_drawn_from_once(self, digits):
         x, y = digits
         data = ((x[i : i + 100], y[i : i + 100]) for i in range(0, 1700, 100))
@@ -517,6 +518,7 @@ class TestModelsAndData:
         fit(callback, digits, model, epochs=3)
         assert callback.history[-1]["value"] > 1.0
 
+    @pytest.mark.supports("Models", "preprocessing layers")
     @pytest.mark.backends("tensorflow", reason="others have no strings")
     @pytest.mark.parametrize("kind", ["object", "str", "dataset"])
     def test_text(self, kind):
@@ -621,6 +623,7 @@ class TestModelsAndData:
             abs=1e-4,
         )
 
+    @pytest.mark.supports("Training options", "run_eagerly")
     def test_run_eagerly(self, digits):
         model = make_model(run_eagerly=True, jit_compile=False)
         callback = keras_milr.MutualInformationLR(halve, probe_data=digits)

@@ -123,23 +123,29 @@ KINDS = [
 STEPS = {"infinite": 12, "generator": 12}
 
 
+def arguments(given, name):
+    """Of `fit`, for the training data."""
+    if isinstance(given, tuple):
+        return {"x": given[0], "y": given[1], "batch_size": BATCH}
+    steps = {"steps_per_epoch": STEPS[name]} if name in STEPS else {}
+    return {"x": given} | steps
+
+
 @pytest.mark.parametrize(("inputs", "train", "measure"), KINDS)
 def test_data(data, inputs, train, measure, request):
     """Reading and rates are those of the arrays, whatever both come in."""
     name = request.node.callspec.id
     probe = measure(data)
-    given = train(data)
     model = make_model(data, inputs, layerwise=True)
     layers = MutualInformationLR(
         lambda r: r.rate * np.array([1.0, 0.5]), probe, layers="all"
     )
-    arrays = {} if isinstance(given, tuple) else {"x": given}
-    if not arrays:
-        arrays = {"x": given[0], "y": given[1], "batch_size": BATCH}
-    if name in STEPS:
-        arrays["steps_per_epoch"] = STEPS[name]
     history = model.fit(
-        **arrays, epochs=2, verbose=0, shuffle=False, callbacks=[layers]
+        **arguments(train(data), name),
+        epochs=2,
+        verbose=0,
+        shuffle=False,
+        callbacks=[layers],
     ).history
     np.testing.assert_allclose(history["learning_rate/head"], [0.1, 0.05], rtol=1e-5)
     x = data[0] if inputs == "one" else halves(data, inputs)[0]
@@ -153,8 +159,7 @@ def test_data(data, inputs, train, measure, request):
         on_epoch_end=lambda epoch, logs: plain.optimizer.set_multipliers({"head": 0.5})
     )
     plain.fit(
-        *(x, data[1]),
-        batch_size=BATCH,
+        **arguments(train(data), name),
         epochs=2,
         verbose=0,
         shuffle=False,

@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import mutual_info_score
 
 from keras_milr import LayerwiseOptimizer, MutualInformationLR
+from keras_milr.readouts import LinearReadout
 from tests import reference
 from tests.backends import NAME, OwnStep
 
@@ -171,19 +172,20 @@ def frozen(x):
 
 @model("keras.applications", "BatchNormalization")
 def applications(x):
-    """Far too deep for digits; averages of batches are those of the last ones."""
-    made = keras.applications.MobileNetV3Small(
+    made = keras.applications.MobileNet(
         input_shape=(32, 32, 1),
         weights=None,
         alpha=0.25,
-        minimalistic=True,
-        include_preprocessing=False,
         include_top=False,
         pooling="avg",
     )
-    return keras.Model(made.inputs, head(made.outputs[0])), np.kron(
-        images(x), np.ones((4, 4, 1), "float32")
-    )
+    for layer in made.layers:
+        if isinstance(layer, K.BatchNormalization):
+            layer.momentum = (
+                0.3  # Of a few batches, the averages are to be of some use.
+            )
+    larger = np.kron(images(x), np.ones((4, 4, 1), "float32"))
+    return keras.Model(made.inputs, head(made.outputs[0])), larger
 
 
 @model("KerasHub backbone", "attention")
@@ -213,45 +215,77 @@ def weights_of(layer):
 
 @pytest.mark.parametrize("make", MODELS.values())
 def test_a_model(digits, make):
-    x, y = digits[0][:600], digits[1][:600]
+    n, size = (240, 40) if make is applications else (600, 60)
+    x, y = digits[0][:n], digits[1][:n]
     made, x = make(x)
     made.compile(
         LayerwiseOptimizer(keras.optimizers.Adam(3e-3)),
         "sparse_categorical_crossentropy",
         jit_compile=False if NAME == "tensorflow" and make in SLOW else "auto",
     )
+    # A small sketch, for many wide layers; the head is narrow, and read without.
     layers = MutualInformationLR(
-        lambda r: r.rate * np.linspace(0.9, 1.1, len(r.rate)), (x, y), layers="all"
+        lambda r: r.rate * np.linspace(0.9, 1.1, len(r.rate)),
+        (x, y),
+        layers="all",
+        readout=LinearReadout(sketch=32),
     )
-    history = made.fit(
-        x, y, epochs=2, batch_size=60, verbose=0, callbacks=[layers]
-    ).history
+    options = {"epochs": 2, "batch_size": size, "verbose": 0}
+    history = made.fit(x, y, callbacks=[layers], **options).history
     names = list(layers.history[-1]["rate"])
     assert names[-1] == "head"
     check(layers.history[-1]["output"], made, x, y)
     p = reference.linear_readout(made.predict(x, verbose=0), y, 10)
     found = {key: layers.history[-1][key]["head"] for key in ("bound", "raw")}
-    assert found["bound"] == pytest.approx(reference.h_minus_ce(p, y)[0], abs=0.03)
-    assert found["raw"] == pytest.approx(
-        mutual_info_score(y, p.argmax(axis=1)), abs=0.02
-    )
+    # Outputs that hardly differ yet are read in the last digits of float32.
+    bound = max(reference.h_minus_ce(p, y)[0], 0)
+    assert found["bound"] == pytest.approx(bound, abs=0.03)
+    raw = mutual_info_score(y, p.argmax(axis=1))
+    assert found["raw"] == pytest.approx(raw, abs=0.03)
     rates = [history[f"learning_rate/{name}"] for name in (names[0], "head")]
     np.testing.assert_allclose(rates, [[3e-3, 2.7e-3], [3e-3, 3.3e-3]], rtol=1e-5)
     multipliers = list(made.optimizer.multipliers.values())
     assert min(multipliers) == pytest.approx(0.9**2)
     assert max(multipliers) == pytest.approx(1.1**2)
+    for record in layers.history:
+        for key in ("value", "information", "entropy"):
+            assert np.all(np.isfinite(list(record[key].values())))
 
     before = weights_of(made)
     whole = MutualInformationLR(lambda r: r.rate / 2, (x, y))
-    history = made.fit(
-        x, y, epochs=2, batch_size=60, verbose=0, callbacks=[whole]
-    ).history
+    history = made.fit(x, y, callbacks=[whole], **options).history
     np.testing.assert_allclose(history["learning_rate"], [3e-3, 1.5e-3], rtol=1e-5)
     check(whole.history[-1], made, x, y)
     for old, new in zip(before, weights_of(made), strict=True):
         assert np.any(old != new)
-    assert whole.history[-1]["value"] > 0.1
-    print(whole.history[-1]["value"], layers.history[-1]["value"])
+    assert whole.history[-1]["raw"] > 0.3
+
+
+@pytest.mark.refuses(
+    *("Models", "preprocessing layers"),
+    error="ValueError: strings as inputs; to look them up in the data works",
+)
+@pytest.mark.backends("jax", "torch", reason="TensorFlow has strings")
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_strings_into_a_model(digits, kind):
+    """Refused before anything is trained; looked up in the data, they serve."""
+    import tensorflow as tf
+
+    words = np.array(["good day", "so bad", "good good", "bad day"] * 20)
+    y = np.array([1, 0, 1, 0] * 20)
+    vectorize = K.TextVectorization(output_sequence_length=4)
+    vectorize.adapt(words)
+    hidden = [K.Embedding(10, 8), K.GlobalAveragePooling1D()]
+    made = keras.Sequential([*hidden, K.Dense(1, activation="sigmoid")])
+    made.compile(keras.optimizers.Adam(0.1), "binary_crossentropy")
+    given = tf.data.Dataset.from_tensor_slices((words, y)).batch(20)
+    ids = given.map(lambda x, y: (vectorize(x), y))
+    refused = MutualInformationLR(probe_data=(words, y) if kind == "arrays" else given)
+    with pytest.raises(ValueError, match=r"`probe_data` must be numbers: .*such as"):
+        made.fit(ids, epochs=1, verbose=0, callbacks=[refused])
+    callback = MutualInformationLR(probe_data=ids)
+    made.fit(ids, epochs=5, verbose=0, callbacks=[callback])
+    assert callback.history[-1]["raw"] == pytest.approx(np.log(2))
 
 
 def check(record, made, x, y):

@@ -1,5 +1,7 @@
 """How a model is trained: options of `compile` and `fit`, and loops of one's own."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -129,6 +131,22 @@ def by_hand(layers):
         on_epoch_begin=change, on_train_begin=start
     )
     return callback
+
+
+@shows("Training options", "jit_compile")
+@pytest.mark.backends("torch", reason="others compile for real above")
+def test_compiled_by_pytorch(data, monkeypatch):
+    """As far as PyTorch traces: its C++ compiler would need a minute."""
+    import torch
+
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    model, callback = make_model(True, jit_compile=True), make(data, "all")
+    history = fit([callback], data, model)
+    check(model, callback, history, data, "all")
+    plain = make_model(True)
+    fit([by_hand("all")], data, plain)
+    assert_same_weights(model, plain)
 
 
 @pytest.mark.refuses(
