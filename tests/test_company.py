@@ -217,7 +217,7 @@ def test_learning_rate_scheduler(data, place, layers):
     rates = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_begin=lambda batch, logs: rates.append(
-            float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+            float(keras.ops.convert_to_numpy(watch.model.optimizer.learning_rate))
         )
     )
     scheduler = keras.callbacks.LearningRateScheduler(schedule)
