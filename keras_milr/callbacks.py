@@ -388,6 +388,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._epoch = epoch
         self._batch, self._batch_by_thread = 0, {}
         self._trained = None
+        self._failed = False
         if self._table is not None:
             self._table.begin_epoch()
         # Not in `on_train_begin`: a callback after this one may restore a backup there.
@@ -650,6 +651,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             if self._rollback is None:
                 self._rollback = Rollback(self.model)
             loss = float((logs or {}).get("loss", 0.0))
+            if self._failed and not math.isfinite(loss):
+                # The mean over an epoch with batches that were rolled back.
+                loss = 0.0
             failure = self._rollback.judge(
                 self._output(infos), infos, loss, raised=self._controller.tries()
             )
@@ -671,6 +675,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _roll_back(self, reading, failure):
         infos, factor = self._rollback.restore()
+        self._failed = True
         new = self._controller.roll_back(infos, reading, factor)
         what = f"learning rate {new.max():.4g}"
         if self._rollback.count >= MOST:

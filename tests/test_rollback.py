@@ -339,6 +339,30 @@ def test_batch_readings_see_it_in_the_epoch(digits):
     assert all(r["information"] > 1.0 for r in after)
 
 
+def test_one_failure_in_an_epoch_is_rolled_back_once(digits):
+    """The loss of the logs is a mean over the epoch, and is NaN until its end."""
+    model = make_model(keras.optimizers.Adam(0.01))
+    callback = keras_milr.MutualInformationLR(keep, probe_data=digits, update_freq=7)
+    losses = []
+
+    class Once(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            losses.append(logs["loss"])
+            if len(losses) == 9:
+                kernel = self.model.layers[-1].kernel
+                kernel.assign(np.full(kernel.shape, np.nan))
+
+    with pytest.warns(UserWarning, match="are back at the last good") as warned:
+        model.fit(*digits, epochs=2, verbose=0, callbacks=[Once(), callback])
+    epoch = len(losses) // 2
+    assert np.all(np.isnan(losses[9:epoch]))
+    assert np.all(np.isfinite(losses[epoch:]))
+    assert len([w for w in warned if "are back" in str(w.message)]) == 1
+    assert callback.history[-1]["rollbacks"] == 1
+    assert len(callback.history) == 1 + len(losses) // 7
+    assert callback.history[-1]["information"] > 1.0
+
+
 def test_switched_off(digits):
     model = make_model()
     callback = keras_milr.MutualInformationLR(keep, probe_data=digits, rollback=False)
