@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import company, policies, probe, rates, readouts, sampling
+from keras_milr import backend, company, policies, probe, rates, readouts, sampling
 from keras_milr._arguments import (
     LARGEST,
     LARGEST_SEED,
@@ -654,6 +654,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             if self._failed and not math.isfinite(loss):
                 # The mean over an epoch with batches that were rolled back.
                 loss = 0.0
+            loss = float(backend.of_first_worker(self.model, np.asarray(loss)))
             failure = self._rollback.judge(
                 self._output(infos), infos, loss, raised=self._controller.tries()
             )
@@ -696,6 +697,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             info = self._table.measure(mid_epoch)
             return None if info is None else [info]
         output, by_layer = self._probe.measure()
+        if backend.on_several_workers(self.model):
+            # All must decide the same, whatever data and device each of them has.
+            found = readouts.to_array([output, *by_layer])
+            found = backend.of_first_worker(self.model, found)
+            output, *by_layer = readouts.from_array(found)
         infos = by_layer or [output]
         self._last = output, infos
         return infos

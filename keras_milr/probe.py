@@ -25,7 +25,9 @@ class Probe:
     """Measures a model on a fixed sample, in one compiled pass.
 
     The forward pass and the counting run together, batch by batch, on the device that
-    the model is on; only counts come back. Layers are read in the same pass, which
+    the model is on; only counts come back. With a `keras.distribution` each of its
+    devices has a part of every batch; with a `tf.distribute` strategy the first device
+    of each worker has all of it. Layers are read in the same pass, which
     keeps a few numbers of each sample for them; see `readouts.LinearReadout`. The model
     runs in inference mode and is left as it was: weights, statistics, random seeds and
     metrics.
@@ -267,7 +269,7 @@ def _activation_at(activation, pick, target, name):
 
 
 def _equal_batches(sample, size=None):
-    """Batches of one shape, so that one trace serves all.
+    """Batches of one shape, so that one trace serves all, and split over the devices.
 
     The last one is filled up with repeated rows of weight 0.
     """
@@ -279,6 +281,7 @@ def _equal_batches(sample, size=None):
         # Sums in float32 are exact for that many, and memory is bounded.
         most = min(BATCH_SIZE, max(1, 2**24 // numbers))
         size = math.ceil(n / math.ceil(n / most))
+        size += -size % backend.shards()
     batches = []
     for start in range(0, n, size):
         rows = np.arange(start, start + size)
@@ -288,7 +291,7 @@ def _equal_batches(sample, size=None):
             [one.class_ids[rows] for one in sample.labels],
             [_weights_of(one, rows, inside) for one in sample.labels],
         )
-        batches.append(keras.tree.map_structure(keras.ops.convert_to_tensor, batch))
+        batches.append(keras.tree.map_structure(backend.split, batch))
     return batches
 
 

@@ -184,8 +184,9 @@ def lr_range_test(
 
     Raises:
         ValueError: for arguments out of range, data that cannot be measured, a model
-            that is not compiled, an optimizer with a `LearningRateSchedule`, all before
-            anything is trained; and where training fails at every rate.
+            that is not compiled or trains on several workers, an optimizer with a
+            `LearningRateSchedule`, all before anything is trained; and where training
+            fails at every rate.
         TypeError: for arguments of a wrong type.
 
     Reference:
@@ -586,6 +587,13 @@ def _check_model(model):
         raise ValueError(
             "Argument `model` must be compiled, with the optimizer and the loss to "
             f"train with. Received: model {model.name!r}, not compiled"
+        )
+    if backend.on_several_workers(model):
+        raise ValueError(
+            "A range test runs in one process: Keras trains single batches on one "
+            "worker only. Find the rate there, by `lr_range_test` on a model without "
+            "a strategy, and pass the number. "
+            f"Received: model {model.name!r}, which trains on several workers"
         )
 
 

@@ -60,7 +60,9 @@ def untouched(model, settle: int | None = None):
     Yields:
         A function that sets the model and the optimizer back to the start.
     """
-    variables = _kept([*model.variables, *backend.buffers(model)])
+    variables = _kept(model.trainable_variables)
+    variables += _kept(_on_each_replica(model.non_trainable_variables))
+    variables += _kept(backend.buffers(model))
     optimizer = _copy_optimizer(model)
     slots = _kept(optimizer.variables)
     momentum = [(layer, layer.momentum) for layer in _normalisations(model)]
@@ -69,7 +71,7 @@ def untouched(model, settle: int | None = None):
         assign(variables + slots)
 
     with _keras.set_aside(model, optimizer), backend.module_modes(model):
-        metrics = _kept(model.metrics_variables)
+        metrics = _kept(_on_each_replica(model.metrics_variables))
         try:
             if settle is not None:
                 _settle(momentum, settle)
@@ -93,6 +95,10 @@ def _settle(momentum, steps):
             layer.momentum = min(value, kept)
         elif value is not None:  # PyTorch's, which is the share of the new.
             layer.momentum = max(value, 1 - kept)
+
+
+def _on_each_replica(variables):
+    return [copy for variable in variables for copy in backend.copies(variable)]
 
 
 def assign(pairs):

@@ -15,6 +15,14 @@ A module for each backend has these functions:
   `forward(x)` is the model in inference mode with all its state left alone. It
   is traced once for each set of shapes and types, and reads the weights that the
   model has when it is called.
+- `shards()`: into how many parts the rows of a batch are split, one for each device of
+  a distribution of Keras; 1 without one.
+- `split(x)`: the array `x` as a tensor, with its rows on these devices.
+- `copies(variable)`: where the variable's value is, as a list of what can be read and
+  assigned to: one for each replica of a model that trains on several.
+- `on_several_workers(model)`: whether the model trains in several processes at once.
+- `of_first_worker(model, values)`: the array `values` as the first of these processes
+  has it, in all of them. All must call it, since they wait for each other.
 
 What modules of PyTorch inside a model keep beside Keras, which is nothing elsewhere:
 
@@ -59,12 +67,17 @@ _backend = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
 bincount = _backend.bincount
 buffers = _backend.buffers
 compile_step = _backend.compile_step
+copies = _backend.copies
 is_in_reach = _backend.is_in_reach
 is_symbolic = _backend.is_symbolic
 jit = _backend.jit
 inference = _backend.inference
 module_modes = _backend.module_modes
 normalisations = _backend.normalisations
+of_first_worker = _backend.of_first_worker
+on_several_workers = _backend.on_several_workers
+shards = _backend.shards
+split = _backend.split
 
 
 @contextlib.contextmanager
@@ -93,6 +106,7 @@ __all__ = [
     "bincount",
     "buffers",
     "compile_step",
+    "copies",
     "fresh",
     "inference",
     "is_in_reach",
@@ -100,5 +114,9 @@ __all__ = [
     "jit",
     "module_modes",
     "normalisations",
+    "of_first_worker",
+    "on_several_workers",
     "own_random_state",
+    "shards",
+    "split",
 ]

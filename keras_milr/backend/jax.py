@@ -76,3 +76,31 @@ def compile_step(model, step):
         return run([variable.value for variable in model.variables], *args)
 
     return measured
+
+
+def shards():
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+def split(x):
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return keras.ops.convert_to_tensor(x)
+    layout = distribution.get_data_layout(x.shape)
+    return keras.distribution.distribute_tensor(x, layout)
+
+
+def copies(variable):
+    return [variable]  # An array on several devices is one array.
+
+
+def on_several_workers(model):
+    return False  # They run one program on the same data.
+
+
+def of_first_worker(model, values):
+    return values

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
 
@@ -64,6 +65,40 @@ def compile_step(model, step):
     if model.run_eagerly:  # The user's code may not be traceable.
         return run
     return tf.function(run, jit_compile=model.jit_compile, autograph=False)
+
+
+def shards():
+    return 1  # A reading runs on the first device of a strategy.
+
+
+def split(x):
+    return keras.ops.convert_to_tensor(x)
+
+
+def copies(variable):
+    # Statistics of batch normalisation differ from replica to replica.
+    strategy = tf.distribute.get_strategy()
+    return strategy.experimental_local_results(variable.value)
+
+
+def on_several_workers(model):
+    strategy = model.distribute_strategy
+    replicas = strategy.num_replicas_in_sync
+    # Of one replica, the default strategy does not say where it is.
+    return replicas > 1 and replicas > len(strategy.extended.worker_devices)
+
+
+def of_first_worker(model, values):
+    if not on_several_workers(model):
+        return values
+    strategy = model.distribute_strategy
+    # What the others have is replaced, not multiplied: it may not be finite.
+    addends = strategy.experimental_distribute_values_from_function(
+        lambda replica: tf.constant(
+            values if replica.replica_id_in_sync_group == 0 else np.zeros_like(values)
+        )
+    )
+    return strategy.reduce("SUM", addends, axis=None).numpy()
 
 
 @contextlib.contextmanager

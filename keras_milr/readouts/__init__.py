@@ -24,7 +24,12 @@ from keras_milr.readouts.predictions import (
     predicted_class,
     prediction_counts,
 )
-from keras_milr.readouts.result import Information, mean
+from keras_milr.readouts.result import (
+    Information,
+    from_array,
+    mean,
+    to_array,
+)
 from keras_milr.readouts.units import UnitHistogram
 
 __all__ = [
@@ -33,9 +38,11 @@ __all__ = [
     "LinearReadout",
     "Predictions",
     "UnitHistogram",
+    "from_array",
     "from_counts",
     "label_counts",
     "mean",
     "predicted_class",
     "prediction_counts",
+    "to_array",
 ]

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_ESTIMATORS = ("counts", "bound", "fano", "mixed")
+
 
 class Information(NamedTuple):
     """What a readout found, in nats.
@@ -61,6 +63,18 @@ class Information(NamedTuple):
         by_bound = (self.bound > self.value) | (self.estimator == "bound")
         # [()]: a number where there is no axis.
         return np.where(by_bound, 0.15 * self.bound_stderr, 0.5 * self.stderr)[()]
+
+
+def to_array(infos) -> np.ndarray:
+    """What was found as an array of numbers, with a row for each of `infos`."""
+    return np.array([[*info[:-1], _ESTIMATORS.index(info.estimator)] for info in infos])
+
+
+def from_array(rows) -> list[Information]:
+    """The inverse of `to_array`."""
+    return [
+        Information(*map(float, row[:-1]), _ESTIMATORS[int(row[-1])]) for row in rows
+    ]
 
 
 def mean(infos, shares=None) -> Information:
