@@ -61,7 +61,7 @@ def untouched(model, settle: int | None = None):
         A function that sets the model and the optimizer back to the start.
     """
     variables = _kept(model.trainable_variables)
-    variables += _kept(_on_each_replica(model.non_trainable_variables))
+    variables += _kept(_on_each_replica(model, model.non_trainable_variables))
     variables += _kept(backend.buffers(model))
     optimizer = _copy_optimizer(model)
     slots = _kept(optimizer.variables)
@@ -71,7 +71,7 @@ def untouched(model, settle: int | None = None):
         assign(variables + slots)
 
     with _keras.set_aside(model, optimizer), backend.module_modes(model):
-        metrics = _kept(_on_each_replica(model.metrics_variables))
+        metrics = _kept(_on_each_replica(model, model.metrics_variables))
         try:
             if settle is not None:
                 _settle(momentum, settle)
@@ -97,8 +97,8 @@ def _settle(momentum, steps):
             layer.momentum = max(value, 1 - kept)
 
 
-def _on_each_replica(variables):
-    return [copy for variable in variables for copy in backend.copies(variable)]
+def _on_each_replica(model, variables):
+    return [copy for v in variables for copy in backend.copies(model, v)]
 
 
 def assign(pairs):

@@ -85,7 +85,8 @@ ROWS = {
     ],
     "More than one device": [
         "tf.distribute.MirroredStrategy",
-        "tf.distribute.MultiWorkerMirroredStrategy",
+        "tf.distribute.MultiWorkerMirroredStrategy, `fit`",
+        "tf.distribute.MultiWorkerMirroredStrategy, a loop of one's own",
         "keras.distribution.DataParallel",
         "keras.distribution.ModelParallel",
     ],

@@ -18,8 +18,8 @@ A module for each backend has these functions:
 - `shards()`: into how many parts the rows of a batch are split, one for each device of
   a distribution of Keras; 1 without one.
 - `split(x)`: the array `x` as a tensor, with its rows on these devices.
-- `copies(variable)`: where the variable's value is, as a list of what can be read and
-  assigned to: one for each replica of a model that trains on several.
+- `copies(model, variable)`: where the value of the model's variable is, as a list of
+  what can be read and assigned to: one for each replica of a model that has several.
 - `on_several_workers(model)`: whether the model trains in several processes at once.
 - `of_first_worker(model, values)`: the array `values` as the first of these processes
   has it, in all of them. All must call it, since they wait for each other.

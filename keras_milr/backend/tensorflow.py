@@ -75,10 +75,9 @@ def split(x):
     return keras.ops.convert_to_tensor(x)
 
 
-def copies(variable):
+def copies(model, variable):
     # Statistics of batch normalisation differ from replica to replica.
-    strategy = tf.distribute.get_strategy()
-    return strategy.experimental_local_results(variable.value)
+    return model.distribute_strategy.experimental_local_results(variable.value)
 
 
 def on_several_workers(model):
