@@ -98,6 +98,9 @@ class MutualInformationLR(keras.callbacks.Callback):
     callbacks.on_train_end()
     ```
 
+    Where several workers train one model, by `tf.distribute`, each needs one: they wait
+    for each other, and all act on what the first of them has read.
+
     A training that was interrupted can be resumed, and its rates go on as if nothing
     had happened. With `BackupAndRestore` by the same script; a kill while it saves is
     survived with its `double_checkpoint=True`. Whatever else saves the model or its
