@@ -20,10 +20,9 @@ from tests import devices
 
 ROOT = Path(__file__).parent.parent
 SECTION = "More than one device"
-TENSORFLOW = pytest.mark.backends(
-    "tensorflow", reason="`tf.distribute` is for Keras on TensorFlow"
-)
-JAX = pytest.mark.backends("jax", reason="`keras.distribution` is for Keras on JAX")
+BY_FIT = "tf.distribute.MultiWorkerMirroredStrategy, `fit`"
+BY_HAND = "tf.distribute.MultiWorkerMirroredStrategy, a loop of one's own"
+DISTRIBUTIONS = ("keras.distribution.DataParallel", "keras.distribution.ModelParallel")
 IGNORED = "no error: Keras ignores it, and trains on one device"
 
 
@@ -71,115 +70,72 @@ def assert_fit(kind, found, expected):
     assert found["rollbacks"][-1] == (kind == "failing")
 
 
-# ------------------------------------------------------------- tf.distribute: replicas
+# ------------------------------------------------- where Keras distributes a training
 
 
-@pytest.fixture(scope="module")
-def mirrored():
-    return found_by(started("mirrored"))
-
-
-@TENSORFLOW
+@pytest.mark.backends("tensorflow", reason="`tf.distribute` is for TensorFlow's Keras")
 @pytest.mark.supports(SECTION, "tf.distribute.MirroredStrategy")
-@pytest.mark.parametrize("kind", devices.OPTIONS)
-def test_two_replicas_as_one_device(mirrored, kind):
+def test_two_replicas_as_one_device():
     """With the rate that a range test found, of layers, by the metric, rolled back."""
-    found, expected = mirrored[kind]
-    assert_fit(kind, found, expected)
-    assert found["replicas"] == [2]
-    assert found["differ"] == 0.0  # Weights, slots, rates and multipliers.
+    result = found_by(started("mirrored"))
+    for kind in devices.OPTIONS:
+        found, expected = result[kind]
+        assert_fit(kind, found, expected)
+        assert found["replicas"] == [2]
+        assert found["differ"] == 0.0  # Weights, slots, rates and multipliers.
+    # Of these each replica has its own, and has it still after a range test.
+    assert result["statistics"] == {"moving_mean": True, "moving_variance": True}
+    assert result["traces"] == []
 
 
-@TENSORFLOW
-def test_a_range_test_leaves_no_trace_on_any_replica(mirrored):
-    """Each has statistics of its own, which Keras does not bring together."""
-    assert mirrored["statistics"] == {"moving_mean": True, "moving_variance": True}
-    assert mirrored["traces"] == []
-
-
-# -------------------------------------------------------------- tf.distribute: workers
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    """What two workers found, and one process alone."""
+@pytest.mark.backends("tensorflow", reason="`tf.distribute` is for TensorFlow's Keras")
+@pytest.mark.supports(SECTION, BY_HAND)
+@pytest.mark.refuses(
+    *(SECTION, BY_FIT),
+    error="ValueError of Keras, without the callback too: Attempt to convert a value "
+    "(PerReplica ...) with an unsupported type",
+)
+def test_two_workers_as_one_where_keras_can(tmp_path):
+    """Although they have different probes; the training of layers was resumed."""
     with socket.socket() as first, socket.socket() as second:
         for one in (first, second):
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in (first, second)]
-    folder = tmp_path_factory.mktemp("backups")
-    both = [started("worker", index, *ports, folder) for index in range(2)]
+    both = [started("worker", index, *ports, tmp_path) for index in range(2)]
     try:
-        return [*map(found_by, both), found_by(started("alone"))]
+        first, second = map(found_by, both)
     finally:
         for process in both:
             process.kill()
-
-
-BY_HAND = "tf.distribute.MultiWorkerMirroredStrategy, a loop of one's own"
-
-
-@TENSORFLOW
-@pytest.mark.supports(SECTION, BY_HAND)
-@pytest.mark.parametrize("kind", ["layers", "metric", "failing"])
-def test_two_workers_as_one(workers, kind):
-    """Although they have different probes; that of layers was killed and resumed."""
-    first, second, alone = (found[kind] for found in workers)
-    assert first == second
-    assert_same(first, alone)
-    assert first["rollbacks"][-1] == (kind == "failing")
-    assert len({str(rate) for rate in first["rate"]}) > 2, "the rates never change"
-
-
-@TENSORFLOW
-def test_a_range_test_on_several_workers_is_refused(workers):
-    for found in workers[:2]:
+    alone = found_by(started("alone"))
+    for kind in ("layers", "metric", "failing"):
+        assert first[kind] == second[kind]
+        assert_same(first[kind], alone[kind])
+        assert first[kind]["rollbacks"][-1] == (kind == "failing")
+        assert len({str(rate) for rate in first[kind]["rate"]}) > 2, kind
+    for found in (first, second):
         assert "could not be found by 'auto'; a number needs no range" in found["auto"]
-        assert (
-            "Find the rate there, by `lr_range_test` on a model without"
-            in (found["auto"])
-        )
-
-
-@TENSORFLOW
-@pytest.mark.refuses(
-    *(SECTION, "tf.distribute.MultiWorkerMirroredStrategy, `fit`"),
-    error="ValueError of Keras, without the callback too: Attempt to convert a value "
-    "(PerReplica ...) with an unsupported type",
-)
-def test_plain_keras_does_not_fit_on_several_workers(workers):
-    """See https://github.com/keras-team/keras/issues/20585."""
-    for found in workers[:2]:
+        remedy = "Find the rate there, by `lr_range_test` on a model without"
+        assert remedy in found["auto"]
+        # See https://github.com/keras-team/keras/issues/20585.
         assert "Attempt to convert a value (PerReplica" in found["fit"]
 
 
-# ------------------------------------------------------------------ keras.distribution
-
-
-@pytest.fixture(scope="module")
-def distributed():
+@pytest.mark.backends("jax", reason="`keras.distribution` is for Keras on JAX")
+@pytest.mark.supports(SECTION, *DISTRIBUTIONS)
+def test_data_or_weights_on_two_devices():
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=2"
-    return found_by(started("distribution", XLA_FLAGS=flags))
-
-
-@JAX
-@pytest.mark.supports(SECTION, "keras.distribution.DataParallel")
-@pytest.mark.parametrize("kind", devices.OPTIONS)
-def test_data_on_two_devices(distributed, kind):
-    found = distributed[kind]["DataParallel"]
-    assert_fit(kind, found, distributed[kind]["one"])
-    assert found["rows"] == {"batch": 152, "device": 76, "devices": 2}
-
-
-@JAX
-@pytest.mark.supports(SECTION, "keras.distribution.ModelParallel")
-@pytest.mark.parametrize("kind", ["network", "layers"])
-def test_weights_on_two_devices(distributed, kind):
-    found = distributed[kind]["ModelParallel"]
-    assert_fit(kind, found, distributed[kind]["one"])
-    assert found["sharding"]["body/kernel"] == [None, "model"]
-    assert found["rows"] == {"batch": 151, "device": 151, "devices": 2}
+    result = found_by(started("distribution", XLA_FLAGS=flags))
+    for kind in devices.OPTIONS:
+        found, expected = result[kind]["DataParallel"], result[kind]["one"]
+        assert_fit(kind, found, expected)
+        assert found["rows"] == {"batch": 152, "device": 76, "devices": 2}
+    for kind in ("network", "layers"):
+        found, expected = result[kind]["ModelParallel"], result[kind]["one"]
+        assert_fit(kind, found, expected)
+        assert found["rows"] == {"batch": 151, "device": 151, "devices": 2}
+        assert found["sharding"]["body/kernel"] == [None, "model"]
 
 
 # ------------------------------------------------- where Keras distributes nothing
@@ -201,12 +157,9 @@ def rates_of_one():
     return rates(contextlib.nullcontext)
 
 
-ROWS = ("keras.distribution.DataParallel", "keras.distribution.ModelParallel")
-
-
 def distribution(name):
     mesh = keras.distribution.DeviceMesh((2,), ("batch",), ["cpu:0", "cpu:1"])
-    if name == ROWS[0]:
+    if name == DISTRIBUTIONS[0]:
         return keras.distribution.DataParallel(mesh)
     layout = keras.distribution.LayoutMap(mesh)
     layout[".*kernel"] = (None, "batch")
@@ -220,7 +173,7 @@ def distribution(name):
     "name",
     [
         pytest.param(row, marks=pytest.mark.refuses(SECTION, row, error=IGNORED))
-        for row in ROWS
+        for row in DISTRIBUTIONS
     ],
 )
 def test_a_distribution_that_keras_ignores(name, rates_of_one):
@@ -230,7 +183,7 @@ def test_a_distribution_that_keras_ignores(name, rates_of_one):
 
 @pytest.mark.backends("torch", reason="of Keras' own, on PyTorch")
 @pytest.mark.refuses(
-    *(SECTION, *ROWS),
+    *(SECTION, *DISTRIBUTIONS),
     error="AttributeError of Keras, where no devices are named: 'NoneType' object has "
     "no attribute 'list_devices'",
 )
@@ -248,10 +201,7 @@ def test_keras_does_not_list_the_devices_of_pytorch():
         pytest.param(name, marks=pytest.mark.refuses(SECTION, *rows, error=IGNORED))
         for name, rows in {
             "MirroredStrategy": ["tf.distribute.MirroredStrategy"],
-            "MultiWorkerMirroredStrategy": [
-                "tf.distribute.MultiWorkerMirroredStrategy, `fit`",
-                BY_HAND,
-            ],
+            "MultiWorkerMirroredStrategy": [BY_FIT, BY_HAND],
         }.items()
     ],
 )
