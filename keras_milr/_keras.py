@@ -1,22 +1,120 @@
 """Private names of Keras that we rely on, all of them.
 
-Tested with Keras 3.12.4 and 3.15.1.
+Each is looked up when this file is imported, so that a Keras that has renamed one is
+refused in a sentence, and not by an AttributeError in the middle of a training.
 """
 
 import contextlib
+import importlib
+import inspect
 import pathlib
 import sys
 import zipfile
 
 import keras
 import numpy as np
-from keras.src.backend.common import global_state
-from keras.src.backend.common.masking import get_keras_mask
-from keras.src.saving import saving_lib
-from keras.src.saving.keras_saveable import KerasSaveable
+
+from keras_milr._version import __version__
+
+TESTED = "3.10 to 3.15"  # By `make test-versions`.
+
+
+def _missing(name) -> ImportError:
+    return ImportError(
+        f"keras_milr {__version__} relies on `{name}`, a private name of Keras, which "
+        f"Keras {keras.__version__} does not have. It was tested with Keras {TESTED}: "
+        "install one of these, or a newer keras_milr."
+    )
+
+
+def _from(module, name):
+    """A private name out of a private module."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _missing(f"{module}.{name}") from error
+
 
 # Base of all that is saved with a model; public are layers, metrics, losses and so on.
-Saveable = KerasSaveable
+_Saveable = _from("keras.src.saving.keras_saveable", "KerasSaveable")
+_H5IOStore = _from("keras.src.saving.saving_lib", "H5IOStore")
+_get_keras_mask = _from("keras.src.backend.common.masking", "get_keras_mask")
+_STATE = "keras.src.backend.common.global_state"
+_get_global = _from(_STATE, "get_global_attribute")
+_set_global = _from(_STATE, "set_global_attribute")
+_SEED_GENERATOR = "global_seed_generator"
+_CompileLoss = _from("keras.src.trainers.compile_utils", "CompileLoss")
+_CompileMetrics = _from("keras.src.trainers.compile_utils", "CompileMetrics")
+if keras.backend.backend() == "torch":
+    _torch = "keras.src.backend.torch.optimizers.torch_parallel_optimizer"
+    _from(_torch, "TorchParallelOptimizer")
+
+_METHODS = {
+    keras.Model: ("_flatten_layers",),
+    keras.optimizers.Optimizer: (
+        *("_apply_weight_decay", "_use_weight_decay", "_get_current_learning_rate"),
+        *("_backend_update_step", "_get_variable_index"),
+    ),
+    _Saveable: ("_obj_type",),
+}
+_ATTRIBUTES = {
+    keras.Model: ("_compile_loss", "_compile_metrics"),
+    _CompileLoss: ("_user_loss", "_user_loss_weights"),
+    _CompileMetrics: ("_user_metrics", "_user_weighted_metrics"),
+    keras.optimizers.Optimizer: (
+        *("_trainable_variables", "_variables", "_model_variables_moving_average"),
+        "_exclude_from_weight_decay",
+    ),
+    keras.callbacks.BackupAndRestore: (
+        *("_weights_path", "_prev_weights_path", "_training_metadata_path"),
+    ),
+    keras.callbacks.EarlyStopping: ("_direction",),  # Of a metric, which it reads.
+}
+
+
+def _mentioned(cls) -> set:
+    """The names in the code of a class, since to make one would start the backend."""
+    methods = [value for one in cls.__mro__ for value in vars(one).values()]
+    codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods]
+    return {name for code in codes if code is not None for name in code.co_names}
+
+
+def _check():
+    for cls, wanted in [*_METHODS.items(), *_ATTRIBUTES.items()]:
+        known = dir(cls) if wanted is _METHODS.get(cls) else _mentioned(cls)
+        for name in set(wanted).difference(known):
+            raise _missing(f"{cls.__module__}.{cls.__name__}.{name}")
+    module = "keras.src.random.seed_generator"
+    code = _from(module, "global_seed_generator").__code__
+    constant = getattr(sys.modules[module], "GLOBAL_SEED_GENERATOR", None)
+    if _SEED_GENERATOR not in (constant, *code.co_consts):
+        raise _missing(f"{module}: {_SEED_GENERATOR!r}")
+
+
+_check()
+
+
+class Saveable(_Saveable):
+    """Base of what is saved with a model, of which nothing is but what it says."""
+
+    def _obj_type(self):
+        return "Loss"  # The kind that has no parts.
+
+
+class IncreasingMetric(keras.metrics.Metric):
+    """Base of metrics of which more is better."""
+
+    # Read by EarlyStopping, ModelCheckpoint and ReduceLROnPlateau.
+    _direction = "up"
+
+
+class WrapperOptimizer(keras.optimizers.Optimizer):
+    """Base of an optimizer around another one, `inner_optimizer`."""
+
+    @property
+    def _model_variables_moving_average(self):
+        # SwapEMAWeights takes the lack of it for a lack of averages.
+        return self.inner_optimizer._model_variables_moving_average
 
 
 def metrics(model) -> list:
@@ -47,7 +145,7 @@ def mask_of(output):
 
     Keras' own losses read it there, and public Keras has no name for it.
     """
-    return get_keras_mask(output)
+    return _get_keras_mask(output)
 
 
 def sublayers(layer) -> list:
@@ -68,12 +166,12 @@ def saved_entry(path: str, name: str) -> dict:
     with contextlib.ExitStack() as stack:
         if path.endswith(".keras"):
             archive = stack.enter_context(zipfile.ZipFile(path))
-            store = saving_lib.H5IOStore("model.weights.h5", archive)
+            store = _H5IOStore("model.weights.h5", archive)
         else:
-            store = saving_lib.H5IOStore(pathlib.Path(path))
+            store = _H5IOStore(pathlib.Path(path))
         stack.callback(store.close)
         entry = store.get(name)
-        return {key: entry[key] for key in list(entry.keys())}
+        return {key: np.array(entry[key]) for key in list(entry.keys())}
 
 
 def is_whole(path: str) -> bool:
@@ -88,7 +186,7 @@ def is_whole(path: str) -> bool:
             np.asarray(item)
 
     try:
-        store = saving_lib.H5IOStore(pathlib.Path(path))
+        store = _H5IOStore(pathlib.Path(path))
         try:
             store.h5_file.visititems(load)
         finally:
@@ -119,6 +217,15 @@ def callbacks_of_caller() -> list | None:
     return None if caller is None else caller.callbacks
 
 
+def batches_behind(model) -> int:
+    """How many batches are trained after the one that `on_train_batch_end` names.
+
+    With `steps_per_execution` it is called for several; Keras 3.10 names the first.
+    """
+    old = keras.__version__.startswith("3.10.")
+    return model.steps_per_execution - 1 if old else 0
+
+
 def backup_paths(backup) -> tuple[str, str, str]:
     """Files of a `BackupAndRestore`: weights, previous weights, metadata."""
     return (
@@ -126,6 +233,21 @@ def backup_paths(backup) -> tuple[str, str, str]:
         backup._prev_weights_path,
         backup._training_metadata_path,
     )
+
+
+def own_variables(optimizer) -> list:
+    """The variables of an optimizer itself, not of one inside of it."""
+    return optimizer._variables
+
+
+def trained_variables(optimizer) -> list:
+    """The variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def index_of(optimizer, variable) -> int:
+    """Where among `trained_variables` a variable is, or what TensorFlow makes of it."""
+    return optimizer._get_variable_index(variable)
 
 
 def scale_learning_rate(optimizer, multiplier):
@@ -181,7 +303,7 @@ def stop(optimizer, variables):
     """Takes the velocity from variables whose rate has become 0: they shall stand."""
     if _is_own(optimizer, keras.optimizers.SGD) and optimizer.momentums:
         for variable in variables:
-            velocity = optimizer.momentums[optimizer._get_variable_index(variable)]
+            velocity = optimizer.momentums[index_of(optimizer, variable)]
             velocity.assign(keras.ops.zeros(velocity.shape, velocity.dtype))
 
 
@@ -255,7 +377,7 @@ def copy_optimizer(optimizer, model):
     if not optimizer.built:
         copy.build(model.trainable_variables)
         return copy
-    copy.build(optimizer._trainable_variables)
+    copy.build(trained_variables(optimizer))
     for new, old in zip(copy.variables, optimizer.variables, strict=True):
         new.assign(old)
     return copy
@@ -284,13 +406,12 @@ def own_seed_generator(seed):
     Yields:
         A function that seeds the one that stands in.
     """
-    name = "global_seed_generator"  # As Keras 3.12 and 3.15 call it.
-    kept = global_state.get_global_attribute(name)
+    kept = _get_global(_SEED_GENERATOR)
     # With a name of its own, or the next automatic name would be another.
     own = keras.random.SeedGenerator(seed, name="range_test")
     start = keras.ops.convert_to_numpy(own.state).copy()
-    global_state.set_global_attribute(name, own)
+    _set_global(_SEED_GENERATOR, own)
     try:
         yield lambda: own.state.assign(start)
     finally:
-        global_state.set_global_attribute(name, kept)
+        _set_global(_SEED_GENERATOR, kept)

@@ -10,7 +10,16 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import backend, company, policies, probe, rates, readouts, sampling
+from keras_milr import (
+    _keras,
+    backend,
+    company,
+    policies,
+    probe,
+    rates,
+    readouts,
+    sampling,
+)
 from keras_milr._arguments import (
     LARGEST,
     LARGEST_SEED,
@@ -359,6 +368,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._controller = self._rollback = None
         self._set, self._replaced = None, 0
         self.lr_range = None
+        self._batches_behind = _keras.batches_behind(self.model)
         self._state.begin(self)
         if self._is_auto():
             # An optimizer whose rate cannot be set is refused now.
@@ -406,7 +416,8 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
         # the end of the epoch.
-        trained = min(batch + 1, self._planned("steps") or math.inf)
+        trained = batch + 1 + self._batches_behind
+        trained = min(trained, self._planned("steps") or math.inf)
         if self.update_freq == "epoch":
             # In several threads at once; each has its batches in their order.
             self._batch_by_thread[threading.get_ident()] = trained

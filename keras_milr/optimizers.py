@@ -10,7 +10,7 @@ from keras_milr._arguments import LARGEST, check_number
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
-class LayerwiseOptimizer(keras.optimizers.Optimizer):
+class LayerwiseOptimizer(_keras.WrapperOptimizer):
     """Gives each layer a learning rate of its own, around any Keras optimizer.
 
     The rate of a layer is the optimizer's learning rate, the base, times the layer's
@@ -129,7 +129,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             [
                 variable
                 for variable, owner in zip(
-                    self._trainable_variables, self._owners, strict=True
+                    _keras.trained_variables(self), self._owners, strict=True
                 )
                 if values[owner] == 0
             ],
@@ -138,7 +138,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
     def layer_of(self, variable) -> str:
         """Name of the layer that a trainable variable belongs to."""
         self._check_built()
-        return self._names[self._owners[self._get_variable_index(variable)]]
+        return self._names[self._owners[_keras.index_of(self, variable)]]
 
     def summary(self, print_fn=print):
         """Prints a table: layer, number of parameters, multiplier, learning rate.
@@ -149,7 +149,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         rate = float(keras.ops.convert_to_numpy(self.learning_rate))
         sizes = [0] * len(self.multipliers)
         for variable, owner in zip(
-            self._trainable_variables, self._owners, strict=True
+            _keras.trained_variables(self), self._owners, strict=True
         ):
             sizes[owner] += int(np.prod(variable.shape))
         width = max(len("layer"), *map(len, self._names))
@@ -162,7 +162,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             )
 
     def _multiplier_at(self, variable):
-        return self._multipliers[self._owners[self._get_variable_index(variable)]]
+        return self._multipliers[self._owners[_keras.index_of(self, variable)]]
 
     def _check_built(self):
         if not self.built:
@@ -229,12 +229,12 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         if not self.built and trainable_variables is not None:
             self.build(list(trainable_variables))
         if self.built and trainable_variables is None:
-            trainable_variables = self._trainable_variables
+            trainable_variables = _keras.trained_variables(self)
         self.inner_optimizer.apply(grads, trainable_variables)
 
     @property
     def variables(self):
-        return self._variables + self.inner_optimizer.variables
+        return _keras.own_variables(self) + self.inner_optimizer.variables
 
     def set_weights(self, weights):
         self._check_built()
@@ -244,19 +244,20 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
     # The inner optimizer's variables are saved with it, as of an object of its own.
 
     def save_own_variables(self, store):
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(_keras.own_variables(self)):
             store[str(i)] = keras.ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store):
-        if len(store.keys()) != len(self._variables):
+        variables = _keras.own_variables(self)
+        if len(store.keys()) != len(variables):
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}', because it "
-                f"has {len(self._variables)} variables whereas the saved optimizer has "
+                f"has {len(variables)} variables whereas the saved optimizer has "
                 f"{len(store.keys())} variables.",
                 stacklevel=2,
             )
             return
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(variables):
             variable.assign(store[str(i)])
 
     @property
@@ -279,11 +280,6 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
     def loss_scale_factor(self, loss_scale_factor):
         if hasattr(self, "inner_optimizer"):  # The base class sets it before there is.
             self.inner_optimizer.loss_scale_factor = loss_scale_factor
-
-    @property
-    def _model_variables_moving_average(self):
-        # SwapEMAWeights takes the lack of it for a lack of averages.
-        return self.inner_optimizer._model_variables_moving_average
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
@@ -317,7 +313,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             "paths": list(self._paths),
             "owners": list(self._owners),
             "values": list(self.multipliers.values()),
-            "shapes": [list(v.shape) for v in self._trainable_variables],
+            "shapes": [list(v.shape) for v in _keras.trained_variables(self)],
         }
 
     @classmethod

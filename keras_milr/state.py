@@ -224,11 +224,8 @@ class _Rider(_keras.Saveable):
             store[name] = value
 
     def load_own_variables(self, store):
-        entry = {name: store[name] for name in list(store.keys())}
+        entry = {name: np.array(store[name]) for name in list(store.keys())}
         self._on_loaded(_decoded(entry, "the weights"))
-
-    def _obj_type(self):
-        return "Loss"  # Nothing is saved but what it says itself.
 
 
 def read(path):
