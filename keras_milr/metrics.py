@@ -8,9 +8,12 @@ import numpy as np
 from keras_milr import _keras, information, readouts, targets
 from keras_milr._arguments import as_array, check_bool, naming
 
+# A float32 counts to 2^24. From here on, counts go on in another one, in a large unit.
+_CARRY, _UNIT = 2.0**23, 2.0**12
+
 
 @keras.saving.register_keras_serializable(package="keras_milr")
-class MutualInformation(keras.metrics.Metric):
+class MutualInformation(_keras.IncreasingMetric):
     """Mutual information of the predicted class and the label, in nats.
 
     Counts how often each class is predicted for each label, and computes the
@@ -21,8 +24,9 @@ class MutualInformation(keras.metrics.Metric):
     predicted, so this is not accuracy.
 
     The table is additive, so batches, `steps_per_execution` and `jit_compile` change
-    nothing. It is exact while each count stays below 2^24. Sample weights are used
-    in `weighted_metrics=`; `metrics=` ignore them, as always in Keras.
+    nothing. Counts are exact up to 2^36 samples in a cell, in batches of less than
+    2^23. Sample weights are used in `weighted_metrics=`; `metrics=` ignore them, as
+    always in Keras.
 
     The plug-in estimate lies about (K − 1)² / 2n nats too high, negligible over an
     epoch but not over a batch.
@@ -52,8 +56,6 @@ class MutualInformation(keras.metrics.Metric):
             of them a question of its own; the mean over those of which both values
             occur. Continuous targets need a probe. Defaults to `"auto"`.
     """
-
-    _direction = "up"  # Read by EarlyStopping, ModelCheckpoint, ReduceLROnPlateau.
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class MutualInformation(keras.metrics.Metric):
             )
         self.from_logits = from_logits
         self.targets = targets
-        self.counts = None
+        self.counts = self._carried = None
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch to the table.
@@ -133,11 +135,14 @@ class MutualInformation(keras.metrics.Metric):
         classes = 2 if kind == "multi_label" else targets.num_classes(units)
         several = (units,) if kind == "multi_label" else ()
         if self.counts is None:
-            self.counts = self.add_variable(
-                shape=(*several, classes + 1, classes),
-                initializer="zeros",
-                dtype="float32",
-                name="counts",
+            self.counts, self._carried = (
+                self.add_variable(
+                    shape=(*several, classes + 1, classes),
+                    initializer="zeros",
+                    dtype="float32",
+                    name=name,
+                )
+                for name in ("counts", "carried")
             )
         elif self.counts.shape != (*several, classes + 1, classes):
             raise ValueError(
@@ -165,16 +170,24 @@ class MutualInformation(keras.metrics.Metric):
             counts = readouts.prediction_counts(
                 y_pred, ops.where(weight > 0, ids, 0), weight, self.from_logits
             )
-        self.counts.assign_add(ops.cast(counts, "float32"))
+        counts = self.counts.value + ops.cast(counts, "float32")
+        carry = ops.where(
+            (counts >= _CARRY) & (counts < _UNIT * 2.0**24),
+            ops.floor(counts / _UNIT) * _UNIT,
+            0.0,
+        )
+        self.counts.assign(counts - carry)
+        self._carried.assign_add(carry)
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats."""
         ops = keras.ops
         if self.counts is None:
             return ops.zeros((), self.dtype)
-        nats = information.mutual_information(self.counts.value)
+        counts = self.counts.value + self._carried.value
+        nats = information.mutual_information(counts)
         if self.targets == "multi_label":
-            occur = ops.all(ops.sum(self.counts.value, axis=1) > 0, axis=-1)
+            occur = ops.all(ops.sum(counts, axis=1) > 0, axis=-1)
             occur = ops.cast(occur, "float32")
             nats = ops.sum(ops.cast(nats, "float32") * occur)
             nats = nats / ops.maximum(ops.sum(occur), 1.0)
@@ -187,8 +200,18 @@ class MutualInformation(keras.metrics.Metric):
         return f"{self.counts.shape[0]} labels"
 
     def reset_state(self):
-        if self.counts is not None:
-            self.counts.assign(keras.ops.zeros(self.counts.shape, "float32"))
+        for variable in (self.counts, self._carried) if self.counts is not None else ():
+            variable.assign(keras.ops.zeros(variable.shape, "float32"))
+
+    def table(self):
+        """All that was counted since the last reset, a NumPy array; None before that.
+
+        Rows are predictions, the last one for outputs without one, columns labels.
+        """
+        if self.counts is None:
+            return None
+        both = (self.counts.value, self._carried.value)
+        return sum(keras.ops.convert_to_numpy(one).astype("float64") for one in both)
 
     def get_config(self):
         config = {"from_logits": self.from_logits, "targets": self.targets}
@@ -342,10 +365,8 @@ class MetricTable:
         self._unread = np.asarray(state["unread"])
 
     def _counts(self):
-        if self._metric.counts is None:  # Not used yet.
-            return np.zeros((3, 2))
-        counts = keras.ops.convert_to_numpy(self._metric.counts.value)
-        return counts.astype("float64")
+        table = self._metric.table()
+        return np.zeros((3, 2)) if table is None else table  # None: not used yet.
 
 
 def _varied(counts):

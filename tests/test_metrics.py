@@ -119,6 +119,33 @@ def test_counts_stay_exact_over_millions():
     )
 
 
+@pytest.mark.parametrize("labels", [None, "multi_label"])
+def test_counts_beyond_what_a_float32_can_count_to(labels):
+    """One sample at a time, where 2^24 + 1 is 2^24; and on in large batches."""
+    several = labels == "multi_label"
+    metric = keras_milr.MutualInformation(targets=labels or "auto")
+    y = np.array([[0, 0]] if several else [0])
+    outputs = np.array([[0.4, 0.1]] if several else [[0.9, 0.1]], "float32")
+    metric.update_state(y, outputs)
+    present = metric.counts.value
+    table = np.array(present)
+    table[table > 0] = 2.0**23 - 2
+    metric.counts.assign(table)
+    total = 2**23 - 2
+    for _ in range(5):
+        metric.update_state(y, outputs)
+        total += 1
+    for weight in (2.0**22 + 1, 2.0**23 - 1, 2.0**22 + 3, 2.0**22 + 1, 1.0, 1.0):
+        metric.update_state(y, outputs, sample_weight=np.array([weight], "float32"))
+        total += int(weight)
+    assert total > 2**24
+    counted = metric.table()
+    np.testing.assert_array_equal(counted[counted > 0], total)
+    assert np.count_nonzero(counted) == (2 if several else 1)
+    metric.reset_state()
+    assert not metric.table().any()
+
+
 def test_mixed_precision_counts_in_float32(digits):
     x, y = digits
     keras.config.set_dtype_policy("mixed_bfloat16")
