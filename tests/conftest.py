@@ -1,3 +1,4 @@
+import collections
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -95,6 +96,25 @@ def pytest_collection_modifyitems(config, items):
             if BACKEND not in mark.args:
                 only = f"for {' and '.join(mark.args)} only: {mark.kwargs['reason']}"
                 item.add_marker(pytest.mark.skip(reason=only))
+
+
+def pytest_terminal_summary(terminalreporter):
+    tried = collections.Counter()
+    worked = collections.Counter()
+    reports = [r for reports in terminalreporter.stats.values() for r in reports]
+    for report in reports:
+        if getattr(report, "when", None) != "teardown":
+            continue
+        for entry, numbers in dict(report.user_properties).get("tried", {}).items():
+            tried[entry] += sum(numbers)
+            worked[entry] += numbers[0]
+    if not tried:
+        return
+    terminalreporter.section("absurd inputs: tried, worked, refused")
+    tried["in all"], worked["in all"] = tried.total(), worked.total()
+    for entry, n in tried.items():
+        line = f"{n:8d} {worked[entry]:8d} {n - worked[entry]:8d}  {entry}"
+        terminalreporter.write_line(line)
 
 
 def _is_sensitive(item):
