@@ -11,7 +11,8 @@ SHOWN  := --support results/support
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test test-backends support lint format bench bench-quick smoke clean
+.PHONY: run test test-backends test-versions support lint format bench bench-quick
+.PHONY: smoke clean
 
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -27,6 +28,11 @@ test-backends: $(OTHERS)
 # docs/support.md, of what passed in `make test test-backends`; ARGS=--check compares.
 support: $(READY)
 	$(BIN)/python -m tests.support results/support/*.json $(ARGS)
+
+# On every supported Python with the newest of the rest, and once on the oldest of all,
+# in environments of their own. What is not to be had is named, and is a failure.
+test-versions:
+	$(PYTHON) -m tests.versions $(if $(PYTHONS),--pythons $(PYTHONS)) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -66,7 +72,7 @@ smoke: $(READY)
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,integrations]'
 	touch $@
 
 # An exact version of PyTorch: the newest may bring gigabytes of CUDA with it.
@@ -75,4 +81,4 @@ $(OTHERS): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-smoke build dist results *.egg-info
+	rm -rf $(VENV) $(VENV)-smoke .venvs build dist results *.egg-info
