@@ -1,6 +1,7 @@
 """The callback that sets the learning rate from mutual information."""
 
 import copy
+import inspect
 import math
 import re
 import threading
@@ -32,7 +33,7 @@ from keras_milr.metrics import MetricTable
 from keras_milr.outputs import outputs_of, signature
 from keras_milr.range_test import LRRange, lr_range_test
 from keras_milr.rollback import MOST, Rollback
-from keras_milr.state import State
+from keras_milr.state import State, resuming
 from keras_milr.targets import check_kind
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
@@ -525,6 +526,19 @@ class MutualInformationLR(keras.callbacks.Callback):
         """Goes on from a state, of which the model has the weights."""
         per_epoch = self.update_freq == "epoch" and self._probe is not None
         state, arrays, missing = self._state.take(epoch, self._settings(), per_epoch)
+        with resuming():
+            self._take_up(state, arrays)
+        if self.verbose > 0:
+            _print(
+                f"MutualInformationLR resuming at epoch {epoch + 1}, with learning "
+                f"rate {rates.base_rate(self.model):.4g}."
+            )
+        if missing:
+            self._epoch, self._batch = epoch - 1, self._planned("steps") or 0
+            self._update({})
+            self._epoch, self._batch = epoch, 0
+
+    def _take_up(self, state, arrays):
         self._since_reading = state["since_reading"]
         self._first_epoch = state["first_epoch"]
         self.history = self._renamed(state["history"])
@@ -540,15 +554,6 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.rollback and state["rollback"] is not None:
             self._rollback = Rollback(self.model)
             self._rollback.resume(state["rollback"], arrays)
-        if self.verbose > 0:
-            _print(
-                f"MutualInformationLR resuming at epoch {epoch + 1}, with learning "
-                f"rate {rates.base_rate(self.model):.4g}."
-            )
-        if missing:
-            self._epoch, self._batch = epoch - 1, self._planned("steps") or 0
-            self._update({})
-            self._epoch, self._batch = epoch, 0
 
     def _renamed(self, history):
         """The records of a history under the present names of the layers."""
@@ -827,15 +832,18 @@ class MutualInformationLR(keras.callbacks.Callback):
     # ------------------------------------------------------------ serialisation
 
     def get_config(self):
-        """The constructor's arguments, except `probe_data`, which is no setting."""
+        """The constructor's arguments, except `probe_data`, which is no setting.
+
+        Raises:
+            ValueError: for a policy or reference of one's own that is not registered.
+        """
         names = (
             *("probe_size", "layers", "output", "targets", "learning_rate", "min_lr"),
             *("max_lr", "update_freq", "rollback", "monitor", "seed", "verbose"),
         )
         objects = ("policy", "readout", "reference")
-        serialize = keras.saving.serialize_keras_object
         return {name: getattr(self, name) for name in names} | {
-            name: serialize(getattr(self, name)) for name in objects
+            name: _serialized(name, getattr(self, name)) for name in objects
         }
 
     @classmethod
@@ -844,6 +852,20 @@ class MutualInformationLR(keras.callbacks.Callback):
         deserialize = keras.saving.deserialize_keras_object
         arguments = config | {name: deserialize(config[name]) for name in objects}
         return cls(probe_data=probe_data, **arguments)
+
+
+def _serialized(name, value):
+    """By name and constants. Of a lambda, Keras would save the code itself."""
+    if callable(value):
+        kind = value if inspect.isroutine(value) else type(value)
+        registered = keras.saving.get_registered_name(kind)
+        if keras.saving.get_registered_object(registered) is not kind:
+            raise ValueError(
+                f"Argument `{name}` must be registered, by "
+                "`@keras.saving.register_keras_serializable()` on a function or class, "
+                f"to be part of a configuration. Received: {name}={value!r}"
+            )
+    return keras.saving.serialize_keras_object(value)
 
 
 def _check_readout(readout, layers):

@@ -1,6 +1,7 @@
 """The loop of one training: a reading goes to the policy, its rates are set."""
 
 import numbers
+import operator
 
 import numpy as np
 
@@ -44,16 +45,25 @@ class Controller:
             self._before = None  # The rates before a raise, until it is judged.
         else:
             for name in _ARRAYS:
-                setattr(self, f"_{name}", np.array(state[name]))
-            self._step, self._rollbacks = state["step"], state["rollbacks"]
-            before = state["before"]
-            self._before = before if before is None else np.array(before)
+                setattr(self, f"_{name}", self._numbers(state, name))
+            self._step, self._rollbacks = map(
+                operator.index, (state["step"], state["rollbacks"])
+            )
+            raised = state["before"] is not None
+            self._before = self._numbers(state, "before") if raised else None
 
     def state(self) -> dict:
         """What a policy is told, as far as it cannot be measured again."""
         arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
         numbers = {"step": self._step, "rollbacks": self._rollbacks}
         return arrays | numbers | {"before": self._before}
+
+    def _numbers(self, state, name):
+        """An array of a state that may be forged."""
+        value, shape = np.array(state[name], "float64"), self.rates.get().shape
+        if value.shape != shape or not np.all(np.isfinite(value)):
+            raise TypeError(f"no finite numbers of shape {shape}: {name!r}")
+        return value
 
     def tries(self) -> bool:
         """Whether the policy has raised a rate last, to see what comes of it."""

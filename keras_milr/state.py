@@ -7,9 +7,11 @@ file. Buffers of PyTorch's modules that Keras does not save ride with it.
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import warnings
+import zipfile
 import zlib
 
 import keras
@@ -20,6 +22,13 @@ from keras_milr import _keras, backend
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
 _VERSION = 1
+_LARGEST = 2**28  # bytes of a state, which is far beyond any training's.
+# What it consists of, and the types that JSON makes of it.
+_INTEGERS = ("epoch", "first_epoch", "since_reading", "iterations", "trained")
+_KINDS = dict.fromkeys(_INTEGERS, (int,))
+_KINDS |= dict.fromkeys(("settings", "controller", "rates"), (dict,))
+_KINDS |= dict.fromkeys(("lr_range", "table", "rollback"), (dict, type(None)))
+_KINDS |= {"history": (list,), "max_lr": (float, int, type(None))}
 
 
 class State:
@@ -241,11 +250,8 @@ def read(path):
     """
     path = os.fspath(path)
     if path.endswith(".json"):
-        with open(path, encoding="utf-8") as file:
-            try:
-                return _checked(json.load(file), path), None
-            except ValueError as error:  # Of JSON or of UTF-8 too.
-                raise _no_state(path, error) from error
+        with open(path, "rb") as file:
+            return _checked(_parsed(file.read(_LARGEST + 1), path), path), None
     if not path.endswith((".keras", ".weights.h5")):
         raise ValueError(
             "Argument `path` must end in '.keras', '.weights.h5' or '.json'. "
@@ -253,7 +259,7 @@ def read(path):
         )
     try:
         entry = _keras.saved_entry(path, _NAME)
-    except (KeyError, RuntimeError) as error:  # Of a file that was cut off.
+    except (KeyError, RuntimeError, zipfile.BadZipFile) as error:  # Cut off, say.
         raise _no_state(path, error) from error
     return _decoded(entry, path)
 
@@ -354,10 +360,19 @@ def _decoded(entry, path):
         return None
     entry = dict(entry)
     try:
-        state = json.loads(bytes(np.asarray(entry.pop("state"), "uint8")))
+        text = bytes(np.asarray(entry.pop("state"), "uint8"))
     except (KeyError, TypeError, ValueError) as error:
         raise _no_state(path, error) from error
-    return _checked(state, path), entry
+    return _checked(_parsed(text, path), path), entry
+
+
+def _parsed(text: bytes, path):
+    if len(text) > _LARGEST:
+        raise _no_state(path, f"more than {_LARGEST} bytes")
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:  # Of JSON or of UTF-8 too.
+        raise _no_state(path, error) from error
 
 
 def _checked(state, path):
@@ -368,7 +383,27 @@ def _checked(state, path):
     content = {name: value for name, value in state.items() if name != "checksum"}
     if _marked(content) != state:
         raise _no_state(path, "another content than was written")
+    for name, kinds in _KINDS.items():
+        value = state.get(name)
+        kind = type(value)
+        if kind not in kinds or (kind in (int, float) and not 0 <= value < math.inf):
+            raise _no_state(path, f"{name!r}: {str(value)[:100]}")
     return state
+
+
+@contextlib.contextmanager
+def resuming():
+    """Refuses a state that has the right checksum, but was not written by us."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        start = "The state that MutualInformationLR is to resume"
+        if str(error).startswith(start):
+            raise
+        raise ValueError(
+            f"{start} is damaged, or of another program. "
+            f"Received: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _no_state(path, received):
