@@ -24,7 +24,9 @@ if BACKEND == "torch":
 # on the backend,
 SAME_EVERYWHERE = ["test_examples.py", "test_names.py", "test_plotting.py"]
 SAME_EVERYWHERE += ["test_policies.py", "test_statistics.py", "test_fuzz.py"]
-SAME_EVERYWHERE += ["test_support.py"]
+SAME_EVERYWHERE += ["test_support.py", "test_versions.py"]
+# these have not been tried under another than TensorFlow,
+SAME_EVERYWHERE += ["test_safety.py", "test_long_run.py"]
 # and in these, which train a model in each test, these parts of names tell what does;
 # tests that show a row of the support table do anyway.
 SENSITIVE = {
