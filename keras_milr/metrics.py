@@ -158,8 +158,9 @@ class MutualInformation(_keras.IncreasingMetric):
         for factor in (sample_weight, mask):
             if factor is not None:
                 factor = ops.cast(factor, "float32")
-                if len(factor.shape) > 0 and factor.shape[0] != 1:
-                    _check_length("sample_weight", factor.shape[0], y_pred)
+                rows = 0 if 0 in factor.shape else [*factor.shape, 1][0]
+                if rows != 1:
+                    _check_length("sample_weight", rows, y_pred)
                 weight = weight * _like(factor, weight)
         weight = ops.reshape(weight, (-1,))
         y_pred = ops.reshape(y_pred, (-1, units))
