@@ -157,11 +157,7 @@ class MutualInformation(_keras.IncreasingMetric):
             sample_weight = as_array("sample_weight", sample_weight)
         for factor in (sample_weight, mask):
             if factor is not None:
-                factor = ops.cast(factor, "float32")
-                rows = 0 if 0 in factor.shape else [*factor.shape, 1][0]
-                if rows != 1:
-                    _check_length("sample_weight", rows, y_pred)
-                weight = weight * _like(factor, weight)
+                weight = weight * _like(ops.cast(factor, "float32"), weight)
         weight = ops.reshape(weight, (-1,))
         y_pred = ops.reshape(y_pred, (-1, units))
         if several:
@@ -222,14 +218,23 @@ class MutualInformation(_keras.IncreasingMetric):
 def _like(weight, positions):
     """Weights that can be multiplied with those of all positions."""
     ops = keras.ops
-    rank = len(positions.shape)
-    if len(weight.shape) == 0:
+    rank, given = len(positions.shape), tuple(weight.shape)
+    if not given:
         return weight
     if rank == 1:
-        return ops.reshape(weight, (-1,))
+        weight = ops.reshape(weight, (-1,))
     for _ in range(rank - len(weight.shape)):
         weight = ops.expand_dims(weight, -1)
-    return ops.reshape(weight, ops.shape(weight)[:rank])
+    extra = len(weight.shape) - rank
+    full = (*positions.shape, *[1] * extra)
+    for size, most in zip(weight.shape, full, strict=True):
+        if None not in (size, most) and size not in (1, most):
+            raise ValueError(
+                "Arguments `sample_weight` and `y_pred` must have the same length, or "
+                "there is one weight for all. Received: weights of shape "
+                f"{given} for outputs of {tuple(positions.shape)}"
+            )
+    return ops.reshape(weight, ops.shape(weight)[:rank]) if extra else weight
 
 
 def _check_length(name, length, y_pred):

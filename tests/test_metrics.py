@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -360,6 +362,10 @@ def test_bad_arguments(arguments, error, message):
         ({"y_pred": np.zeros((2, 0))}, "`y_pred` must be outputs of shape"),
         ({"sample_weight": ["a", "b"]}, "`sample_weight` must be an array"),
         ({"sample_weight": [1, 1, 1]}, "`sample_weight` and `y_pred` must have"),
+        (
+            {"sample_weight": [[0, 0, 0]]},
+            r"weights of shape \(1, 3\) for.*\(2,\)",
+        ),
     ],
 )
 def test_bad_updates(changes, message):
@@ -367,3 +373,14 @@ def test_bad_updates(changes, message):
     metric = keras_milr.MutualInformation()
     with pytest.raises(ValueError, match=message):
         metric.update_state(**(batch | changes))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (3, 2), (2, 4), (1, 3), (3, 4, 1, 2)])
+def test_bad_weights_of_positions(shape):
+    metric = keras_milr.MutualInformation()
+    labels, outputs = np.zeros((3, 4), "int32"), np.zeros((3, 4, 2))
+    for good in ((3, 4, 1), (3, 4), (3, 1), (3,), (1, 4), (1,), ()):
+        metric.update_state(labels, outputs, sample_weight=np.ones(good))
+    with pytest.raises(ValueError, match=re.escape(f"of shape {shape} for outputs")):
+        metric.update_state(labels, outputs, sample_weight=np.ones(shape))
+    assert float(np.sum(metric.table())) == 7 * 12
