@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+BESIDE := $(VENV)/.integrations
 OTHERS := $(VENV)/.backends
 
 QUICK  := --output results/quick
@@ -17,7 +18,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: $(READY)
+test: $(BESIDE)
 	$(BIN)/python -m pytest -n auto $(SHOWN)/tensorflow.json $(ARGS)
 
 # What depends on the backend, on the two others of Keras.
@@ -72,11 +73,16 @@ smoke: $(READY)
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev,integrations]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# What is used beside Keras in some tests.
+$(BESIDE): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[integrations]'
 	touch $@
 
 # An exact version of PyTorch: the newest may bring gigabytes of CUDA with it.
-$(OTHERS): $(READY)
+$(OTHERS): $(BESIDE)
 	$(BIN)/python -m pip install --quiet --editable '.[jax,torch]' torch==2.13.0
 	touch $@
 

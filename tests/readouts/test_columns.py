@@ -98,6 +98,9 @@ def test_streaming_and_weights(make):
     repeated = np.repeat(np.arange(len(ids)), weight.astype(int))
     weighted, _ = read(target, outputs, ids, weight)
     expected, _ = read(target, outputs[repeated], ids[repeated])
+    assert weighted.repeated == 0
+    assert expected.repeated == pytest.approx(1 - np.sum(weight > 0) / np.sum(weight))
+    expected = expected._replace(repeated=0.0)
     np.testing.assert_allclose(weighted[:-1], expected[:-1], atol=1e-5)
 
 
