@@ -89,11 +89,12 @@ class Columns:
         read = ops.sigmoid(outputs) if self._probabilities() else outputs
         low = ops.min(ops.where(seen, read, np.inf), axis=0)
         high = ops.max(ops.where(seen, read, -np.inf), axis=0)
+        same = repeated(read / ops.convert_to_tensor(self._spread), weight[:, 0])
         new = {
             "counts": ops.add(state["counts"], counts),
             "lowest": ops.minimum(state["lowest"], low),
             "highest": ops.maximum(state["highest"], high),
-            "repeated": state["repeated"] + repeated(read / self._spread, weight[:, 0]),
+            "repeated": ops.add(state["repeated"], same),
         }
         if not self._continuous:
             sums = self._surprise(outputs, ids, weight, finite)

@@ -287,8 +287,9 @@ class Predictions:
 def repeated(outputs, sample_weight):
     """Weight of the rows that have the outputs of the row before, within 1e-6."""
     ops = keras.ops
-    step = ops.max(ops.abs(outputs[1:] - outputs[:-1]), axis=-1)
-    return ops.sum(ops.where(step < 1e-6, sample_weight[1:], 0.0))
+    step = ops.max(ops.abs(outputs - ops.roll(outputs, 1, axis=0)), axis=-1)
+    same = (step < 1e-6) & (ops.arange(ops.shape(outputs)[0]) > 0)
+    return ops.sum(ops.where(same, sample_weight, 0.0))
 
 
 def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Information:
