@@ -8,7 +8,7 @@ BESIDE := $(VENV)/.integrations
 OTHERS := $(VENV)/.backends
 
 QUICK  := --output results/quick
-SHOWN  := --support results/support
+SHOWN  := --support=results/support
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 

@@ -2,7 +2,7 @@
 
 A test says what it shows by `@pytest.mark.supports(section, *rows)`; one of an error
 that a user gets instead by `@pytest.mark.refuses(section, *rows, error=...)`. A run of
-pytest with `--support FILE` keeps what passed. This script makes docs/support.md of
+pytest with `--support=FILE` keeps what passed. This script makes docs/support.md of
 such files, one of each backend, and refuses to leave a cell empty.
 """
 
