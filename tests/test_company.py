@@ -6,6 +6,7 @@ import csv
 import keras
 import numpy as np
 import pytest
+import sklearn.pipeline  # noqa: F401 (Keras 3.10 forgets to)
 from sklearn.metrics import mutual_info_score
 from sklearn.model_selection import GridSearchCV
 

@@ -178,6 +178,11 @@ def distribution(name):
 )
 def test_a_distribution_that_keras_ignores(name, rates_of_one):
     """So do we: the rates are those of what is trained."""
+    if (
+        keras.__version__.startswith("3.10.")
+        and keras.backend.backend() == "tensorflow"
+    ):
+        pytest.skip("Keras 3.10 cannot even make one on TensorFlow")
     assert rates(distribution(name).scope) == rates_of_one
 
 
