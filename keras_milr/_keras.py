@@ -80,10 +80,10 @@ def _mentioned(cls) -> set:
 
 
 def _check():
-    for cls, wanted in [*_METHODS.items(), *_ATTRIBUTES.items()]:
-        known = dir(cls) if wanted is _METHODS.get(cls) else _mentioned(cls)
-        for name in set(wanted).difference(known):
-            raise _missing(f"{cls.__module__}.{cls.__name__}.{name}")
+    for table, known in ((_METHODS, dir), (_ATTRIBUTES, _mentioned)):
+        for cls, wanted in table.items():
+            for name in set(wanted).difference(known(cls)):
+                raise _missing(f"{cls.__module__}.{cls.__name__}.{name}")
     module = "keras.src.random.seed_generator"
     code = _from(module, "global_seed_generator").__code__
     constant = getattr(sys.modules[module], "GLOBAL_SEED_GENERATOR", None)
@@ -209,12 +209,6 @@ def calling_list() -> keras.callbacks.CallbackList | None:
             return caller
         frame = frame.f_back
     return None
-
-
-def callbacks_of_caller() -> list | None:
-    """The callbacks of the `CallbackList` that is calling; None without one."""
-    caller = calling_list()
-    return None if caller is None else caller.callbacks
 
 
 def batches_behind(model) -> int:

@@ -367,7 +367,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.history = []
         self._controller = self._rollback = None
-        self._set, self._replaced = None, 0
+        self._overruled = company.Overruled()
         self.lr_range = None
         self._batches_behind = _keras.batches_behind(self.model)
         self._state.begin(self)
@@ -446,7 +446,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
         if self.update_freq == "epoch":
-            self._see_who_sets(base)
+            if self.layers is None:
+                self._overruled.trained_at(base)
             self._update(logs)
         self._note_state(epoch + 1)
         if self._probe is None:
@@ -681,7 +682,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._roll_back(reading, failure)
                 return
         new = self._controller.act(reading)
-        self._set = None if new is None else rates.base_rate(self.model)
+        self._overruled.set(None if new is None else rates.base_rate(self.model))
         if new is not None and self.verbose > 0:
             names = self._rates.names
             what = f"rate to {new[0]}"
@@ -737,24 +738,6 @@ class MutualInformationLR(keras.callbacks.Callback):
         base, by_layer = self._rates_now(self.model)
         trained = logs.get("learning_rate", base)  # Who sets it too has logged it.
         return trained, by_layer * (trained / base if base > 0 else 1.0)
-
-    def _see_who_sets(self, trained):
-        """Warns where another callback sets the rate over ours again and again."""
-        if self.layers is not None or self._set is None:
-            return
-        # Once it has lasted for an epoch, others may do what they want.
-        ours, self._set = self._set, None
-        self._replaced += 1 if trained != ours else -math.inf
-        if self._replaced == 2:
-            warnings.warn(
-                "MutualInformationLR: another callback has set the learning rate of "
-                f"each epoch so far, this one to {trained:.4g}, after it had been set "
-                f"to {ours:.4g}. If that is a warm-up, all is well; a "
-                "LearningRateScheduler should then return the rate that it is given. "
-                "Else leave one of the two out, or set the rates of layers, with "
-                '`layers="all"`, around the rate that the other one sets.',
-                stacklevel=2,
-            )
 
     def _rates_now(self, model):
         return rates.base_rate(model), self._rates.get()

@@ -1,4 +1,7 @@
-"""Where the callback stands among others, so that their order does not matter."""
+"""The callback among others: where it stands, and who else sets the rate."""
+
+import math
+import warnings
 
 import keras
 
@@ -45,3 +48,32 @@ def take_place(callback):
 
 def _monitors(other):
     return str(getattr(other, "monitor", "")).startswith(KEYS)
+
+
+class Overruled:
+    """Warns where another callback sets the rate over ours again and again."""
+
+    def __init__(self):
+        self._set, self._times = None, 0
+
+    def set(self, rate: float | None):
+        """Notes the rate that we have set for the next epoch; None where we did not."""
+        self._set = rate
+
+    def trained_at(self, rate: float):
+        """Compares the rate of the epoch with what we had set."""
+        if self._set is None:
+            return
+        # Once it has lasted for an epoch, others may do what they want.
+        ours, self._set = self._set, None
+        self._times += 1 if rate != ours else -math.inf
+        if self._times == 2:
+            warnings.warn(
+                "MutualInformationLR: another callback has set the learning rate of "
+                f"each epoch so far, this one to {rate:.4g}, after it had been set "
+                f"to {ours:.4g}. If that is a warm-up, all is well; a "
+                "LearningRateScheduler should then return the rate that it is given. "
+                "Else leave one of the two out, or set the rates of layers, with "
+                '`layers="all"`, around the rate that the other one sets.',
+                stacklevel=2,
+            )

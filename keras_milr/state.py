@@ -66,10 +66,11 @@ class State:
         """
         self._model = callback.model
         self._noted = self._restored = None
-        callbacks = _keras.callbacks_of_caller()
-        self._backup = _backup_behind(callback, callbacks or [])
+        caller = _keras.calling_list()
+        beside = [] if caller is None else caller.callbacks
+        self._backup = _backup_behind(callback, beside)
         # Without a list of callbacks, in a loop of one's own, anybody may restore.
-        self._restorable = self._backup is not None or callbacks is None
+        self._restorable = self._backup is not None or caller is None
         if self._backup is not None:
             mend(self._backup)
         self._rider.attach(self._model)

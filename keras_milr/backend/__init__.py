@@ -1,6 +1,7 @@
 """The few lines that differ between Keras' backends.
 
-A module for each backend has these functions:
+A module for each backend has these functions, up to `compile_step` each of its own and
+those after it where there is something special to the backend; else `plain` has them:
 
 - `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet. On
   PyTorch, which does not trace, whether it is inside a measurement.
@@ -55,6 +56,8 @@ import sys
 
 import keras
 
+from keras_milr.backend import plain
+
 _MODULES = ("jax", "tensorflow", "torch")
 
 if keras.backend.backend() not in _MODULES:
@@ -65,19 +68,25 @@ if keras.backend.backend() not in _MODULES:
 
 _backend = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
 bincount = _backend.bincount
-buffers = _backend.buffers
 compile_step = _backend.compile_step
-copies = _backend.copies
 is_in_reach = _backend.is_in_reach
 is_symbolic = _backend.is_symbolic
 jit = _backend.jit
-inference = _backend.inference
-module_modes = _backend.module_modes
-normalisations = _backend.normalisations
-of_first_worker = _backend.of_first_worker
-on_several_workers = _backend.on_several_workers
-shards = _backend.shards
-split = _backend.split
+
+
+def _special(name):
+    return getattr(_backend, name, getattr(plain, name))
+
+
+buffers = _special("buffers")
+copies = _special("copies")
+inference = _special("inference")
+module_modes = _special("module_modes")
+normalisations = _special("normalisations")
+of_first_worker = _special("of_first_worker")
+on_several_workers = _special("on_several_workers")
+shards = _special("shards")
+split = _special("split")
 
 
 @contextlib.contextmanager

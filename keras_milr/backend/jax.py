@@ -1,6 +1,5 @@
 """How a measurement is compiled on JAX."""
 
-import contextlib
 import functools
 
 import jax
@@ -41,22 +40,6 @@ def _bincount(ids, weights, size):
     return jax.numpy.bincount(ids, weights, length=size)
 
 
-def buffers(model):
-    return []
-
-
-def inference(model):
-    return contextlib.nullcontext()
-
-
-def module_modes(model):
-    return contextlib.nullcontext()
-
-
-def normalisations(model):
-    return []
-
-
 def compile_step(model, step):
     def run(values, *args):
         # Weights and all other state are arguments. A variable that is merely read in
@@ -92,15 +75,3 @@ def split(x):
         return keras.ops.convert_to_tensor(x)
     layout = distribution.get_data_layout(x.shape)
     return keras.distribution.distribute_tensor(x, layout)
-
-
-def copies(model, variable):
-    return [variable]  # An array on several devices is one array.
-
-
-def on_several_workers(model):
-    return False  # They run one program on the same data.
-
-
-def of_first_worker(model, values):
-    return values

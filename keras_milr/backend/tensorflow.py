@@ -36,22 +36,6 @@ def bincount(ids, size, weights=None):
     return counts.numpy()
 
 
-def buffers(model):
-    return []
-
-
-def inference(model):
-    return contextlib.nullcontext()
-
-
-def module_modes(model):
-    return contextlib.nullcontext()
-
-
-def normalisations(model):
-    return []
-
-
 def compile_step(model, step):
     def forward(x):
         # Stateless, so that even a layer which draws random numbers or updates
@@ -65,14 +49,6 @@ def compile_step(model, step):
     if model.run_eagerly:  # The user's code may not be traceable.
         return run
     return tf.function(run, jit_compile=model.jit_compile, autograph=False)
-
-
-def shards():
-    return 1  # A reading runs on the first device of a strategy.
-
-
-def split(x):
-    return keras.ops.convert_to_tensor(x)
 
 
 def copies(model, variable):

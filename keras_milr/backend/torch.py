@@ -64,26 +64,6 @@ def compile_step(model, step):
     return jit(functools.partial(step, forward))
 
 
-def shards():
-    return 1  # Keras distributes nothing on PyTorch.
-
-
-def split(x):
-    return keras.ops.convert_to_tensor(x)
-
-
-def copies(model, variable):
-    return [variable]
-
-
-def on_several_workers(model):
-    return False
-
-
-def of_first_worker(model, values):
-    return values
-
-
 @contextlib.contextmanager
 def inference(model):
     # A module goes by its own flag, not by `training`, and may write into its buffers

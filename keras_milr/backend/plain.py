@@ -1,0 +1,41 @@
+"""What a backend does that has nothing of its own for it; see `__init__.py`."""
+
+import contextlib
+
+import keras
+
+
+def shards():
+    return 1
+
+
+def split(x):
+    return keras.ops.convert_to_tensor(x)
+
+
+def copies(model, variable):
+    return [variable]
+
+
+def on_several_workers(model):
+    return False
+
+
+def of_first_worker(model, values):
+    return values
+
+
+def buffers(model):
+    return []
+
+
+def inference(model):
+    return contextlib.nullcontext()
+
+
+def module_modes(model):
+    return contextlib.nullcontext()
+
+
+def normalisations(model):
+    return []
