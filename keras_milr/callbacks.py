@@ -144,8 +144,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             `policy(reading) -> rate` of a `keras_milr.policies.Reading`; its result
             is clipped to the bounds. A callable must be a pure function of the reading:
             it is called once before training, to check its result. To serialise, it
-            must be registered with `keras.saving.register_keras_serializable`.
-            Defaults to `"decay"`.
+            must be registered with `keras.saving.register_keras_serializable`. Where it
+            has an attribute `undoes_raises` that is true, a raise that costs
+            information is undone: see `rollback`. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             `DataLoader`, generator). The training data are a good choice. Defaults to
