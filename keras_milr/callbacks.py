@@ -371,6 +371,13 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._overruled = company.Overruled()
         self.lr_range = None
         self._batches_behind = _keras.batches_behind(self.model)
+        if ignored := backend.ignored_distribution():
+            warnings.warn(
+                f"MutualInformationLR: {ignored} means nothing to Keras on the backend "
+                f"{keras.backend.backend()!r}. The model trains and is measured on one "
+                "device.",
+                stacklevel=2,
+            )
         self._state.begin(self)
         if self._is_auto():
             # An optimizer whose rate cannot be set is refused now.

@@ -2,9 +2,10 @@
 
     python -m tests.long_run --readings 1000 --layers 100 --samples 10000000
 
-Prints a line of JSON for each. Memory, time and traces are compared between the
-readings after the first ones, in which all is compiled, and the last ones. Times are of
-the processor, so that other work on the machine disturbs them little.
+Prints a line for each epoch of the training, and a line of JSON for each of the two.
+Memory, time and traces are compared between the readings after the first ones, in which
+all is compiled, and the last ones. Times are of the processor, so that other work on
+the machine disturbs them little.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def readings(number: int, layers: int, warm_up: int) -> dict:
         steps_per_epoch=64 if number >= 64 else number,
         batch_size=batch_size,
         callbacks=[callback, watch],
-        verbose=0,
+        verbose=2,  # A line for each epoch, of 64 readings.
     )
     part = min(100, len(watch.times) // 3)
     first = watch.times[warm_up : warm_up + part]

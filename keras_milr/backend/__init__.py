@@ -48,6 +48,9 @@ in use:
   in the sequence of its shuffles; what is no dataset of these is returned.
 
 A library is not imported where it is neither the backend nor in use already.
+
+- `ignored_distribution()`: name of what was to distribute this training over devices
+  and is of another backend, so that Keras silently trains on one; None without.
 """
 
 import contextlib
@@ -103,6 +106,16 @@ def fresh(data):
     return data
 
 
+def ignored_distribution():
+    here = keras.backend.backend()
+    if here != "jax" and keras.distribution.distribution() is not None:
+        return "keras.distribution"
+    tf = sys.modules.get("tensorflow")
+    if here != "tensorflow" and tf is not None and tf.distribute.has_strategy():
+        return "tf.distribute"
+    return None
+
+
 def _libraries():
     return [
         importlib.import_module(f"{__name__}.{name}")
@@ -117,6 +130,7 @@ __all__ = [
     "compile_step",
     "copies",
     "fresh",
+    "ignored_distribution",
     "inference",
     "is_in_reach",
     "is_symbolic",
