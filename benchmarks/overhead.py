@@ -159,14 +159,31 @@ def train(setting, variant, clock, x, y, arguments):
         )
     clock.since = time.perf_counter()
     model.fit(
-        x,
-        y,
-        batch_size=arguments.batch_size,
+        **training_data(x, y, arguments.batch_size),
         epochs=arguments.epochs,
         callbacks=[callback, clock] if callback else [clock],
         verbose=0,
     )
     return callback
+
+
+def training_data(x, y, batch_size):
+    """Arguments of `fit`: on TensorFlow a dataset that shuffles as Keras' own does.
+
+    At the end of an epoch tf.data waits for the thread that tunes its buffers, which
+    may sleep for as long as the epoch has lasted: a stall of seconds that has nothing
+    to do with what is measured. Without tuning there is no such thread.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return {"x": x, "y": y, "batch_size": batch_size}
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
+    rows = tf.data.Dataset.range(len(x)).shuffle(len(x)).batch(batch_size)
+    batches = rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i))).prefetch(2)
+    return {"x": batches.with_options(options)}
 
 
 def load(name, samples):

@@ -1,5 +1,6 @@
 """One compiled pass that measures a model on a fixed sample."""
 
+import functools
 import math
 
 import keras
@@ -121,9 +122,7 @@ class Probe:
         for batch in self._batches:
             state, features = self._step(state, *batch, self._chances)
             parts.append(features)
-        return self._finish(state), [
-            self._read(group, i, parts) for i, group in enumerate(self._groups)
-        ]
+        return self._finish(state), self._read(parts) if self._groups else []
 
     def _finish(self, state) -> Information:
         infos, details, accuracies, self.finite = [], {}, [], True
@@ -155,41 +154,57 @@ class Probe:
             self.details = {"outputs": each}
         return mean(infos, shares)
 
-    def _read(self, group, i, parts) -> Information:
-        """The reading of a group, the mean over all questions."""
-        ops = keras.ops
-        rows = sum(len(class_ids[0]) for _, class_ids, _ in self._batches)
-        infos = []
+    def _read(self, parts) -> list[Information]:
+        """The reading of each group, the mean over all questions."""
+        by_output = []
         for k, labels in enumerate(self._labels):
-            features = ops.concatenate([part[k][0][i] for part in parts], axis=0)
-            if features.shape[0] != rows:  # Not known before, where a shape is dynamic.
-                raise ValueError(
-                    "A layer to be read must put out numbers for each sample. "
-                    f"Received: {group.name!r} in `layers`, with {features.shape[0]} "
-                    f"rows for {rows}"
-                )
+            features, ids, weights = zip(*(part[k] for part in parts), strict=True)
             target, n = labels.target, len(labels.class_ids)
-            ids, weight = labels.class_ids, labels.sample_weight
+            class_ids, weight = labels.class_ids, labels.sample_weight
             if target.positions:
-                ids, weight = (
-                    keras.ops.convert_to_numpy(
-                        ops.concatenate([p[k][j] for p in parts])
-                    )
-                    for j in (1, 2)
+                class_ids, weight = (
+                    keras.ops.convert_to_numpy(keras.ops.concatenate(batches))[:n]
+                    for batches in (ids, weights)
                 )
-                weight = weight[:n] * (weight[:n].sum() / (weight[:n] ** 2).sum())
-            questions = [(ids[:n], target.num_classes)]
+                weight = weight * (weight.sum() / (weight**2).sum())
+            questions = [(class_ids, target.num_classes)]
             if target.by_unit:
                 classes = [2] * len(target.columns)
                 if target.edges is not None:
                     classes = [len(edges) + 1 for edges in target.edges]
-                questions = zip(ids[:n].T, classes, strict=True)
-            read = [
-                self.layer_readout.read(features[:n], one, classes, weight)
+                questions = zip(class_ids.T, classes, strict=True)
+            readers = [
+                self.layer_readout.reader(one, classes, weight)
                 for one, classes in questions
             ]
-            infos.append(mean(read))
-        return mean(infos, [labels.share for labels in self._labels])
+            infos = []
+            for group, batches in zip(
+                self._groups, zip(*features, strict=True), strict=True
+            ):
+                self._check_rows(group, batches)
+                whole = _compiled_join()(batches, n)
+                infos.append(mean([read(whole) for read in readers]))
+            by_output.append(infos)
+        shares = [labels.share for labels in self._labels]
+        return [mean(infos, shares) for infos in zip(*by_output, strict=True)]
+
+    def _check_rows(self, group, batches):
+        rows = sum(len(class_ids[0]) for _, class_ids, _ in self._batches)
+        found = sum(batch.shape[0] for batch in batches)
+        if found != rows:  # Not known before, where a shape is dynamic.
+            raise ValueError(
+                "A layer to be read must put out numbers for each sample. "
+                f"Received: {group.name!r} in `layers`, with {found} rows for {rows}"
+            )
+
+
+@functools.cache
+def _compiled_join():
+    return backend.jit(_joined)
+
+
+def _joined(batches, rows):
+    return keras.ops.concatenate(batches, axis=0)[:rows]
 
 
 def _details(labels, readout, state, scale) -> dict:

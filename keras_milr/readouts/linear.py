@@ -98,14 +98,36 @@ class LinearReadout:
         Raises:
             ValueError: for shapes that do not fit and ids out of range.
         """
-        ids, weight = feature.checked_samples(
-            features, class_ids, num_classes, sample_weight
-        )
+        return self.reader(class_ids, num_classes, sample_weight)(features)
+
+    def reader(self, class_ids, num_classes: int, sample_weight=None):
+        """Prepares what depends on the labels alone, to `read` several layers.
+
+        Args:
+            class_ids: See `read`; so are the others.
+            num_classes: K.
+            sample_weight: Optional weights.
+
+        Returns:
+            Function of the features of a layer that returns what `read` does.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        ids, weight = feature.checked_labels(class_ids, num_classes, sample_weight)
         order, middle = _halves(ids, weight)
-        state = _compiled()(
-            *(features, order, ids[order], weight[order], middle, int(num_classes))
-        )
-        return Predictions(from_logits=True).finish(state)
+        labels = [
+            keras.ops.convert_to_tensor(a) for a in (order, ids[order], weight[order])
+        ]
+        readout = Predictions(from_logits=True)
+
+        def read(features):
+            feature.check_features(features, len(ids))
+            return readout.finish(
+                _compiled()(features, *labels, middle, int(num_classes))
+            )
+
+        return read
 
     def measure(self, activations, class_ids, num_classes: int) -> Information:
         """Reads the activations of all samples: `features`, then `read`.

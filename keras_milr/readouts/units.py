@@ -84,11 +84,54 @@ class UnitHistogram:
         Raises:
             ValueError: for shapes that do not fit and ids out of range.
         """
-        ids, weight = feature.checked_samples(
-            features, class_ids, num_classes, sample_weight
+        return self.reader(class_ids, num_classes, sample_weight)(features)
+
+    def reader(self, class_ids, num_classes: int, sample_weight=None):
+        """Prepares what depends on the labels alone, to `read` several layers.
+
+        Args:
+            class_ids: See `read`; so are the others.
+            num_classes: K.
+            sample_weight: Optional weights.
+
+        Returns:
+            Function of the features of a layer that returns what `read` does.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        ids, weight = feature.checked_labels(class_ids, num_classes, sample_weight)
+        return functools.partial(
+            self._read, ids=ids, weight=weight, num_classes=int(num_classes)
         )
+
+    def measure(self, activations, class_ids, num_classes: int) -> Information:
+        """Reads the activations of all samples: `features`, then `read`.
+
+        Args:
+            activations: Array of shape `(n, ..., channels)`, or a list of them.
+            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
+            num_classes: K.
+
+        Returns:
+            An `Information`, nats.
+
+        Raises:
+            ValueError: for shapes that do not fit and ids out of range.
+        """
+        return self.read(self.features(activations), class_ids, num_classes)
+
+    def get_config(self) -> dict:
+        return {"bins": self.bins, "reduce": self.reduce}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "UnitHistogram":
+        return cls(**config)
+
+    def _read(self, features, ids, weight, num_classes) -> Information:
+        feature.check_features(features, len(ids))
         # More bins than samples cut no finer.
-        bins, num_classes = max(2, min(int(self.bins), len(ids))), int(num_classes)
+        bins = max(2, min(int(self.bins), len(ids)))
         cells = features.shape[1] * (bins + 2) * num_classes
         if cells > np.iinfo("int32").max:
             raise ValueError(
@@ -114,29 +157,6 @@ class UnitHistogram:
         if self.reduce is not None:
             value, units = float(value), {k: float(v) for k, v in units.items()}
         return Information(value=value, entropy=entropy, **units)
-
-    def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`.
-
-        Args:
-            activations: Array of shape `(n, ..., channels)`, or a list of them.
-            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
-            num_classes: K.
-
-        Returns:
-            An `Information`, nats.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        return self.read(self.features(activations), class_ids, num_classes)
-
-    def get_config(self) -> dict:
-        return {"bins": self.bins, "reduce": self.reduce}
-
-    @classmethod
-    def from_config(cls, config: dict) -> "UnitHistogram":
-        return cls(**config)
 
 
 def counts(features, edges, class_ids, weight, num_classes) -> np.ndarray:
