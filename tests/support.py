@@ -170,7 +170,8 @@ def table(reports) -> tuple[str, list[str]]:
 
 def _cell(passed) -> str:
     parts = []
-    for error in dict.fromkeys(one["error"] for one in passed):
+    # In an order of their own: tests that run side by side end in any.
+    for error in sorted({one["error"] for one in passed}, key=lambda e: e or ""):
         tests = {_link(one["test"]) for one in passed if one["error"] == error}
         said = [] if error is None else [f"*{error}*"]
         parts.append("<br>".join([*said, *sorted(tests)]))
