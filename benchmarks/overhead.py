@@ -183,7 +183,7 @@ def training_data(x, y, batch_size):
     x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
     rows = tf.data.Dataset.range(len(x)).shuffle(len(x)).batch(batch_size)
     batches = rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i))).prefetch(2)
-    return {"x": batches.with_options(options)}
+    return {"x": batches.with_options(options), "shuffle": False}  # Done above.
 
 
 def load(name, samples):
