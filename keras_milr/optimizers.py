@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_milr import _keras, backend, names
+from keras_milr import _keras, names
 from keras_milr._arguments import LARGEST, check_number
 
 
@@ -95,7 +95,6 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
         # The inner optimizer keeps the moving averages; see SwapEMAWeights.
         self.inner_optimizer = inner_optimizer
         self._given = (multipliers, layer_decay, layer_order)
-        self._scales = None  # The multipliers one by one, while `apply` runs.
         self._saved = None  # Layers and multipliers of a saved optimizer, by position.
         _keras.scale_learning_rate(inner_optimizer, self._multiplier_at)
 
@@ -163,13 +162,7 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             )
 
     def _multiplier_at(self, variable):
-        owner = self._owners[_keras.index_of(self, variable)]
-        if self._scales is None:
-            return self._multipliers[owner]
-        # Taken apart once for each step: a slice for each variable costs more.
-        if not self._scales or not backend.is_in_reach(self._scales[0]):
-            self._scales = keras.ops.unstack(self._multipliers.value)
-        return self._scales[owner]
+        return self._multipliers[self._owners[_keras.index_of(self, variable)]]
 
     def _check_built(self):
         if not self.built:
@@ -237,11 +230,7 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             self.build(list(trainable_variables))
         if self.built and trainable_variables is None:
             trainable_variables = _keras.trained_variables(self)
-        self._scales = []
-        try:
-            self.inner_optimizer.apply(grads, trainable_variables)
-        finally:
-            self._scales = None  # Those of a trace must not outlive it.
+        self.inner_optimizer.apply(grads, trainable_variables)
 
     @property
     def variables(self):
