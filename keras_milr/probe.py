@@ -177,25 +177,24 @@ class Probe:
                 self.layer_readout.reader(one, classes, weight)
                 for one, classes in questions
             ]
-            infos = []
-            for group, batches in zip(
-                self._groups, zip(*features, strict=True), strict=True
-            ):
-                self._check_rows(group, batches)
+            infos, rows = [], sum(len(batch) for batch in ids)
+            by_group = zip(*features, strict=True)
+            for group, batches in zip(self._groups, by_group, strict=True):
+                _check_rows(group, batches, rows)
                 whole = _compiled_join()(batches, n)
                 infos.append(mean([read(whole) for read in readers]))
             by_output.append(infos)
         shares = [labels.share for labels in self._labels]
         return [mean(infos, shares) for infos in zip(*by_output, strict=True)]
 
-    def _check_rows(self, group, batches):
-        rows = sum(len(class_ids[0]) for _, class_ids, _ in self._batches)
-        found = sum(batch.shape[0] for batch in batches)
-        if found != rows:  # Not known before, where a shape is dynamic.
-            raise ValueError(
-                "A layer to be read must put out numbers for each sample. "
-                f"Received: {group.name!r} in `layers`, with {found} rows for {rows}"
-            )
+
+def _check_rows(group, batches, rows):
+    found = sum(batch.shape[0] for batch in batches)
+    if found != rows:  # Not known before, where a shape is dynamic.
+        raise ValueError(
+            "A layer to be read must put out numbers for each sample. "
+            f"Received: {group.name!r} in `layers`, with {found} rows for {rows}"
+        )
 
 
 @functools.cache

@@ -47,10 +47,12 @@ in use:
 - `fresh(data)`: a dataset whose iteration leaves no trace in `data`, such as the place
   in the sequence of its shuffles; what is no dataset of these is returned.
 
-A library is not imported where it is neither the backend nor in use already.
+And of these libraries too:
 
 - `ignored_distribution()`: name of what was to distribute this training over devices
   and is of another backend, so that Keras silently trains on one; None without.
+
+A library is not imported where it is neither the backend nor in use already.
 """
 
 import contextlib

@@ -10,7 +10,8 @@ an output whose units are questions of their own, and has the parts of their mea
 
 `LinearReadout` and `UnitHistogram` read any layer. They need all samples at once, but
 only a few numbers of each: `features` makes them from a batch of activations (pure, may
-be compiled), and `read` turns the features of all samples into an `Information`.
+be compiled), and `read` turns the features of all samples into an `Information`;
+`reader` does it for several layers with the same labels.
 
 All but `Columns` have `measure(activations, class_ids, num_classes)`, the whole in one
 call.

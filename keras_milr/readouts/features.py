@@ -3,10 +3,8 @@
 import keras
 import numpy as np
 
-from keras_milr import targets
-from keras_milr._arguments import as_array, check_integer, naming
+from keras_milr._arguments import as_array
 
-_MOST_CLASSES = 46_340  # whose table has fewer cells than int32 can number
 _HUGE = 1e15  # Beyond, the square of a float32 overflows when summed.
 
 
@@ -77,46 +75,6 @@ def sketched(features, size: int, seed: int):
 def finite(features):
     """Which features are finite, and not so large that their sums would not be."""
     return keras.ops.abs(features) < _HUGE  # False for NaN
-
-
-def checked_labels(class_ids, num_classes, sample_weight=None):
-    """Class ids and weights as arrays of the right types and one length.
-
-    Raises:
-        ValueError: for ids out of range, shapes that do not fit, and weights that are
-            negative or not finite.
-    """
-    check_integer("num_classes", num_classes, at_least=2, at_most=_MOST_CLASSES)
-    with naming("class_ids"):
-        ids = targets.checked_class_ids(class_ids, num_classes)
-    weight = np.ones(len(ids), "float32") if sample_weight is None else sample_weight
-    weight = np.asarray(weight, "float32")
-    if weight.shape != ids.shape:
-        raise ValueError(
-            "Arguments `class_ids` and `sample_weight` must have the same length, and "
-            f"`sample_weight` one axis. Received: {len(ids)} and {weight.shape}"
-        )
-    bad = weight[~(np.isfinite(weight) & (weight >= 0))]
-    if bad.size:
-        raise ValueError(
-            "Argument `sample_weight` must be finite and not negative. "
-            f"Received {bad.size} bad value(s), the first {bad[0]}"
-        )
-    return ids, weight
-
-
-def check_features(features, samples: int):
-    """Raises ValueError for features that are not those of so many samples."""
-    if len(features.shape) != 2 or 0 in features.shape:
-        raise ValueError(
-            "Argument `features` must have shape (n, features), neither of them 0. "
-            f"Received: features.shape={tuple(features.shape)}"
-        )
-    if features.shape[0] != samples:
-        raise ValueError(
-            "Arguments `features` and `class_ids` must have the same length. "
-            f"Received: {features.shape[0]} and {samples}"
-        )
 
 
 def _cells(size: int, cells: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 from keras_milr import backend
 from keras_milr._arguments import check_integer
 from keras_milr.readouts import features as feature
+from keras_milr.readouts.layer import LayerReadout
 from keras_milr.readouts.predictions import Predictions
-from keras_milr.readouts.result import Information
 
 _CELLS = 4  # to which each axis of space or time is averaged
 _RIDGE = 0.01  # as a share of the mean variance
@@ -19,7 +19,7 @@ _TEMPERATURES = np.array([1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.0], "float32"
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
-class LinearReadout:
+class LinearReadout(LayerReadout):
     """Reads a layer: what a linear classifier gets out of it about the label.
 
     The samples are split in two halves, stratified by class. Linear discriminant
@@ -81,76 +81,25 @@ class LinearReadout:
         pooled = feature.pooled(activations, _CELLS)
         return feature.sketched(pooled, self.sketch, self.seed)
 
-    def read(
-        self, features, class_ids, num_classes: int, sample_weight=None
-    ) -> Information:
-        """The information in the features of all samples; compiled.
-
-        Args:
-            features: Tensor of shape `(n, features)`; see `features`.
-            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`, as NumPy.
-            num_classes: K.
-            sample_weight: Optional weights of shape `(n,)`, as NumPy.
-
-        Returns:
-            An `Information`, nats.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        return self.reader(class_ids, num_classes, sample_weight)(features)
-
-    def reader(self, class_ids, num_classes: int, sample_weight=None):
-        """Prepares what depends on the labels alone, to `read` several layers.
-
-        Args:
-            class_ids: See `read`; so are the others.
-            num_classes: K.
-            sample_weight: Optional weights.
-
-        Returns:
-            Function of the features of a layer that returns what `read` does.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        ids, weight = feature.checked_labels(class_ids, num_classes, sample_weight)
-        order, middle = _halves(ids, weight)
-        labels = [
-            keras.ops.convert_to_tensor(a) for a in (order, ids[order], weight[order])
-        ]
-        readout = Predictions(from_logits=True)
-
-        def read(features):
-            feature.check_features(features, len(ids))
-            return readout.finish(
-                _compiled()(features, *labels, middle, int(num_classes))
-            )
-
-        return read
-
-    def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`.
-
-        Args:
-            activations: Array of shape `(n, ..., channels)`, or a list of them.
-            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
-            num_classes: K.
-
-        Returns:
-            An `Information`, nats.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        return self.read(self.features(activations), class_ids, num_classes)
-
     def get_config(self) -> dict:
         return {"sketch": self.sketch, "seed": self.seed}
 
     @classmethod
     def from_config(cls, config: dict) -> "LinearReadout":
         return cls(**config)
+
+    def _prepared(self, class_ids, sample_weight, num_classes):
+        order, middle = _halves(class_ids, sample_weight)
+        labels = [
+            keras.ops.convert_to_tensor(a)
+            for a in (order, class_ids[order], sample_weight[order])
+        ]
+        readout = Predictions(from_logits=True)
+
+        def read(features):
+            return readout.finish(_compiled()(features, *labels, middle, num_classes))
+
+        return read
 
 
 def _halves(class_ids, weight) -> tuple[np.ndarray, int]:

@@ -8,6 +8,7 @@ import numpy as np
 from keras_milr import backend, information
 from keras_milr._arguments import check_integer
 from keras_milr.readouts import features as feature
+from keras_milr.readouts.layer import LayerReadout
 from keras_milr.readouts.result import Information
 
 _REDUCTIONS = ("mean", "max", None)
@@ -15,7 +16,7 @@ _ROWS = 2048  # from which the edges of bins are taken
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
-class UnitHistogram:
+class UnitHistogram(LayerReadout):
     """Reads the units of a layer one by one: binned activation against the label.
 
     The classical estimate. The activations of each unit are cut in `bins` bins of as
@@ -42,9 +43,10 @@ class UnitHistogram:
         bins: Number of bins for a unit's activations, zeros apart.
             Defaults to `16`.
         reduce: `"mean"` or `"max"` over units, or None for arrays with one entry per
-            unit. The largest of many estimates is biased upward by chance. The
-            standard error of the mean counts units as if they had the same error; that
-            of the maximum is the unit's own. Defaults to `"mean"`.
+            unit, in `value`, `raw`, `null` and `stderr`. The largest of many estimates
+            is biased upward by chance. The standard error of the mean counts units as
+            if they had the same error; that of the maximum is the unit's own.
+            Defaults to `"mean"`.
     """
 
     def __init__(self, bins: int = 16, reduce: str | None = "mean"):
@@ -66,61 +68,6 @@ class UnitHistogram:
         """
         return feature.pooled(activations, 1)
 
-    def read(
-        self, features, class_ids, num_classes: int, sample_weight=None
-    ) -> Information:
-        """The information in the features of all samples; compiled.
-
-        Args:
-            features: Tensor of shape `(n, units)`; see `features`.
-            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`, as NumPy.
-            num_classes: K.
-            sample_weight: Optional weights of shape `(n,)`, as NumPy.
-
-        Returns:
-            An `Information`, nats; its `value`, `raw`, `null` and `stderr` are arrays
-            of shape `(units,)` for `reduce=None`.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        return self.reader(class_ids, num_classes, sample_weight)(features)
-
-    def reader(self, class_ids, num_classes: int, sample_weight=None):
-        """Prepares what depends on the labels alone, to `read` several layers.
-
-        Args:
-            class_ids: See `read`; so are the others.
-            num_classes: K.
-            sample_weight: Optional weights.
-
-        Returns:
-            Function of the features of a layer that returns what `read` does.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        ids, weight = feature.checked_labels(class_ids, num_classes, sample_weight)
-        return functools.partial(
-            self._read, ids=ids, weight=weight, num_classes=int(num_classes)
-        )
-
-    def measure(self, activations, class_ids, num_classes: int) -> Information:
-        """Reads the activations of all samples: `features`, then `read`.
-
-        Args:
-            activations: Array of shape `(n, ..., channels)`, or a list of them.
-            class_ids: Integer ids in `[0, num_classes)`, shape `(n,)`.
-            num_classes: K.
-
-        Returns:
-            An `Information`, nats.
-
-        Raises:
-            ValueError: for shapes that do not fit and ids out of range.
-        """
-        return self.read(self.features(activations), class_ids, num_classes)
-
     def get_config(self) -> dict:
         return {"bins": self.bins, "reduce": self.reduce}
 
@@ -128,8 +75,12 @@ class UnitHistogram:
     def from_config(cls, config: dict) -> "UnitHistogram":
         return cls(**config)
 
+    def _prepared(self, class_ids, sample_weight, num_classes):
+        return functools.partial(
+            self._read, ids=class_ids, weight=sample_weight, num_classes=num_classes
+        )
+
     def _read(self, features, ids, weight, num_classes) -> Information:
-        feature.check_features(features, len(ids))
         # More bins than samples cut no finer.
         bins = max(2, min(int(self.bins), len(ids)))
         cells = features.shape[1] * (bins + 2) * num_classes
