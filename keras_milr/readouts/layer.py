@@ -1,5 +1,7 @@
 """What the readouts of layers have in common."""
 
+import abc
+
 import numpy as np
 
 from keras_milr import targets
@@ -9,12 +11,16 @@ from keras_milr.readouts.result import Information
 _MOST_CLASSES = 46_340  # whose table has fewer cells than int32 can number
 
 
-class LayerReadout:
-    """A readout of all samples at once, from a few numbers of each.
+class LayerReadout(abc.ABC):
+    """A readout of all samples at once, from a few numbers of each."""
 
-    A subclass has `features(activations)` and `_prepared(class_ids, sample_weight,
-    num_classes)`, which returns a function from the features to an `Information`.
-    """
+    @abc.abstractmethod
+    def features(self, activations):
+        """What is kept of a batch: shape `(n, features)`. Pure; may be compiled."""
+
+    @abc.abstractmethod
+    def _prepared(self, class_ids, sample_weight, num_classes):
+        """Function from checked features to an `Information`, for checked labels."""
 
     def read(
         self, features, class_ids, num_classes: int, sample_weight=None
