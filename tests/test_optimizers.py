@@ -17,10 +17,13 @@ def not_here(name):
     """Why an optimizer cannot be tried with this Keras; None where it can."""
     if not hasattr(keras.optimizers, name):
         return f"Keras {keras.__version__} has no {name}"
-    before_3_12 = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 12)
-    if name == "Muon" and before_3_12 and NAME == "tensorflow":
-        # It reads `path`, which a variable of TensorFlow has not, without us too.
-        return f"Muon of Keras {keras.__version__} fails on TensorFlow"
+    if name == "Muon" and NAME == "tensorflow":
+        variable = keras.Variable(np.ones((2, 2), "float32"))
+        try:
+            keras.optimizers.Muon().apply([variable.value], [variable])
+        except AttributeError as error:
+            # Some read `path`, which a variable of TensorFlow has not, without us too.
+            return f"Muon of Keras {keras.__version__} fails on TensorFlow: {error}"
     return None
 
 

@@ -38,6 +38,8 @@ def layer(n=3000, classes=5, seed=0):
     return x.astype("float32"), labels
 
 
+# Of some versions of scikit-learn.
+@pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%")
 @pytest.mark.parametrize("bins", [2, 3, 16, 100])
 @pytest.mark.parametrize("n", [2048, 201, 7])
 def test_equals_independent_references(bins, n):
