@@ -181,9 +181,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            rate that learned most in the range test, else a thousand times the rate at
-            the start; with `layers` the highest multiplier at the start times the
-            former, or times ten times the optimizer's rate.
+            rate that learned most in the range test (where none learned, the highest
+            that did not fail), else a thousand times the rate at the start; with
+            `layers` the highest multiplier at the start times the former, or times ten
+            times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.

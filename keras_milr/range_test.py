@@ -41,7 +41,8 @@ class LRRange(NamedTuple):
         max_lr: The highest rate that trained: it did not fail, nor any below it.
         best_lr: The rate to use: half a decade below `peak_lr`, more where there were
             fewer than 30 steps, but not below `min_lr`.
-        peak_lr: The rate with the most information after the training.
+        peak_lr: The rate with the most information after the training; `max_lr` where
+            none had more than at the start beyond the noise.
         rates: The learning rates.
         information: Accessible information after the training, in nats. NaN where the
             training ended in numbers that are not finite.
@@ -119,7 +120,8 @@ def lr_range_test(
 
     `best_lr` is half a decade below the rate with the most information. What is fastest
     for a few steps is often too fast for a whole training. Where a few steps move the
-    information at no rate, it is the optimizer's own, and a warning says so.
+    information at no rate, it is the optimizer's own, a warning says so, and nothing is
+    known of the best but that it is not above `max_lr`.
 
     All trainings together take no more steps than one epoch, unless `steps` or
     `max_steps` ask for more. Each is also read once, which is a prediction of at most
@@ -462,7 +464,8 @@ def _result(trial):
     if not moved:
         # The loss tells no more: of classes that are rare it is lowest where little
         # but their share was learned.
-        rate = peak = min(max(trial.own_rate, lowest), trained[-1].rate)
+        peak = trained[-1].rate
+        rate = min(max(trial.own_rate, lowest), peak)
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) moved the information at no rate "
             f"beyond the noise, so the optimizer's own, {rate:g}, counts as best; pass "

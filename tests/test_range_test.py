@@ -550,7 +550,8 @@ def test_nothing_moves(data):
         with pytest.warns(UserWarning, match=r"2 step\(s\) moved .* at no rate"):
             found = find(model, *data, candidates=[1e-9, 1e-8], steps=2)
         assert found.min_lr == 1e-9
-        assert found.best_lr == found.peak_lr == pytest.approx(best)
+        assert found.best_lr == pytest.approx(best)
+        assert found.peak_lr == found.max_lr == 1e-8
 
 
 # ------------------------------------------------------------------------------- layers
