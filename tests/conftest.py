@@ -101,12 +101,30 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = [r for reports in terminalreporter.stats.values() for r in reports]
+    reports = [r for r in reports if getattr(r, "when", None) == "teardown"]
+    _show_coverage(terminalreporter, reports)
+    _show_tried(terminalreporter, reports)
+
+
+def _show_coverage(terminalreporter, reports):
+    """How often value ± 1.96 standard errors held the truth; see test_statistics.py."""
+    found = collections.defaultdict(list)
+    for report in reports:
+        name = report.nodeid.partition("[")[0].partition("::")[2]
+        found[name] += [v for key, v in report.user_properties if key == "coverage"]
+    found = {name: shares for name, shares in found.items() if shares}
+    if found:
+        terminalreporter.section("coverage, nominally .95: lowest, highest, settings")
+    for name, shares in found.items():
+        line = f"{min(shares):8.3f} {max(shares):8.3f} {len(shares):8d}  {name}"
+        terminalreporter.write_line(line)
+
+
+def _show_tried(terminalreporter, reports):
     tried = collections.Counter()
     worked = collections.Counter()
-    reports = [r for reports in terminalreporter.stats.values() for r in reports]
     for report in reports:
-        if getattr(report, "when", None) != "teardown":
-            continue
         for entry, numbers in dict(report.user_properties).get("tried", {}).items():
             tried[entry] += sum(numbers)
             worked[entry] += numbers[0]

@@ -78,14 +78,26 @@ def found_in(counts):
     return value, information.standard_error(counts)
 
 
-def coverage(value, stderr, truth):
-    return np.mean(np.abs(value - truth) <= 1.96 * stderr)
+@pytest.fixture
+def coverage(record_property):
+    """Share of data sets whose interval holds the truth; conftest.py prints them."""
+
+    def share(value, stderr, truth):
+        found = np.mean(np.abs(value - truth) <= 1.96 * stderr)
+        record_property("coverage", float(found))
+        return found
+
+    return share
 
 
-def assert_covers(value, stderr, truth):
-    assert np.mean(stderr) == pytest.approx(np.std(value), rel=0.1)
-    assert abs(np.mean(value) - truth) < 0.3 * np.std(value)
-    assert 0.92 <= coverage(value, stderr, truth) <= 0.98
+@pytest.fixture
+def assert_covers(coverage):
+    def check(value, stderr, truth):
+        assert np.mean(stderr) == pytest.approx(np.std(value), rel=0.1)
+        assert abs(np.mean(value) - truth) < 0.3 * np.std(value)
+        assert 0.92 <= coverage(value, stderr, truth) <= 0.98
+
+    return check
 
 
 @pytest.mark.parametrize("classes", [2, 10, 300])
@@ -109,7 +121,7 @@ class TestCounts:
             *((20, 10_000, 0.3), (20, 50_000, 0.05), (50, 100_000, 0.3)),
         ],
     )
-    def test_covers(self, classes, n, error):
+    def test_covers(self, assert_covers, classes, n, error):
         """From five expected samples a cell, and above twice the null level."""
         joint = channel(shares(classes), error)
         truth = information_of(joint)
@@ -120,7 +132,7 @@ class TestCounts:
 
     @pytest.mark.parametrize("error", [0.05, 0.1, 0.3])
     @pytest.mark.parametrize("prior", [(0.9, 0.1), (0.5, 0.3, 0.2), (0.7, 0.2, 0.1)])
-    def test_covers_with_uneven_classes(self, prior, error):
+    def test_covers_with_uneven_classes(self, coverage, assert_covers, prior, error):
         joint = channel(np.array(prior), error)
         truth = information_of(joint)
         assert_covers(*found_in(tables(joint, 4000, 2000)), truth)
@@ -130,7 +142,7 @@ class TestCounts:
         assert np.mean(stderr) >= 0.95 * np.std(value)
 
     @pytest.mark.parametrize(("classes", "n"), [(2, 100), (5, 500), (10, 5000)])
-    def test_is_too_wide_without_information(self, classes, n):
+    def test_is_too_wide_without_information(self, coverage, classes, n):
         value, stderr = found_in(
             tables(channel(shares(classes), 1 - 1 / classes), n, 2000)
         )
@@ -146,7 +158,7 @@ class TestCounts:
         ],
     )
     def test_is_too_high_and_too_narrow_with_rare_cells(
-        self, classes, n, error, most, bias, covered
+        self, coverage, classes, n, error, most, bias, covered
     ):
         """The docstring gives the first two: much of it is bias, some of it spread."""
         joint = channel(shares(classes), error)
@@ -185,7 +197,7 @@ class TestFano:
     @pytest.mark.parametrize("stratified", [False, True])
     @pytest.mark.parametrize("kind", [EVEN, SKEWED])
     @pytest.mark.parametrize("error", [0.02, 0.3, 0.6])
-    def test_covers(self, error, kind, stratified):
+    def test_covers(self, coverage, assert_covers, error, kind, stratified):
         prior = shares(70, kind)
         if stratified:
             prior = np.round(20_000 * prior) / np.round(20_000 * prior).sum()
@@ -198,7 +210,7 @@ class TestFano:
             assert coverage(value, stderr, truth) >= 0.92
         assert abs(np.mean(value) - truth) < 0.4 * np.std(value)
 
-    def test_entropy_of_the_sample_is_too_low(self):
+    def test_entropy_of_the_sample_is_too_low(self, coverage):
         """(K − 1) / 2n, which is much with few samples of a class, drawn at random."""
         joint, n = channel(shares(300), 0.1), 2048
         truth = fano_of(shares(300), 0.1)
@@ -240,7 +252,7 @@ class TestBound:
             ((0.1,) * 10, 2000, 0.03, 0.02),
         ],
     )
-    def test_covers(self, prior, n, error, q, stratified):
+    def test_covers(self, coverage, assert_covers, prior, n, error, q, stratified):
         prior = np.array(prior)
         cost = (1 - error) * surprise(1 - q) + error * surprise(q / (len(prior) - 1))
         truth = prior @ surprise(prior) - cost
@@ -251,7 +263,7 @@ class TestBound:
         else:
             assert_covers(bound, stderr, truth)
 
-    def test_entropy_of_the_sample_is_too_low(self):
+    def test_entropy_of_the_sample_is_too_low(self, coverage):
         prior, error, n = shares(100), 0.01, 2000
         truth = fano_of(prior, error)
         bound, _ = self.found(prior, error, error, n, 200, stratified=False)
@@ -260,7 +272,7 @@ class TestBound:
         assert coverage(bound, stderr, truth) >= 0.92
 
 
-def test_units_cover():
+def test_units_cover(assert_covers):
     """A thousand units with four values, which the label sets with an error of .3."""
     rng = np.random.default_rng(0)
     n, units = 2000, 1000
@@ -273,7 +285,7 @@ def test_units_cover():
     assert_covers(info.value, info.stderr, truth)
 
 
-def test_linear_readout_covers():
+def test_linear_readout_covers(coverage, assert_covers):
     """Two Gaussians, of which the best linear readout knows everything there is.
 
     A closed form for each bound: .336831 nats of the activations, and log 2 − h(e) of
