@@ -9,25 +9,13 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import backend, probe, rates, sampling
+from keras_milr import backend, sampling, trials
 from keras_milr._arguments import LARGEST, LARGEST_SEED, check_integer, check_number
 from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
-from keras_milr.readouts import Information
-from keras_milr.untouched import (
-    has_statistics,
-    own_random_state,
-    untouched,
-)
+from keras_milr.untouched import own_random_state, untouched
 
-STEPS = 30  # of a candidate, at most, where the number is not given
-_MOST_STEPS = 1_000_000  # of a candidate, where it is
-_DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_LOWEST = 1e-7
-_NEGLIGIBLE = 0.01  # share of H(Y)
-_GUESS = 1.05  # of H(Y): the loss where about the shares of the classes are known
-_COUNT = 7  # candidates of the search: the decades, and one on each side of the best
-_HALF_DECADE = 10**0.5
+_MOST_STEPS = 1_000_000  # of a candidate, where the number is given
 
 
 class LRRange(NamedTuple):
@@ -217,16 +205,16 @@ def lr_range_test(
         batch_size = batch_size or (32 if y is not None else length)
     with own_random_state(seed) as reseed:
         with _naming_x():
-            most = probe_size + batch_size * (steps or STEPS)
+            most = probe_size + batch_size * (steps or trials.STEPS)
             rows = sampling.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
             batch_size = min(batch_size, rows.batch_sizes[0])  # As in `fit`.
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
-        count = _COUNT if candidates is None else len(candidates)
+        count = trials.COUNT if candidates is None else len(candidates)
         if steps is None:
             budget = max_steps or epoch
-            steps = _affordable_steps(budget, candidates)
+            steps = trials.affordable_steps(budget, candidates)
         else:
             budget = count * steps
         with _naming_x():
@@ -234,224 +222,19 @@ def lr_range_test(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
             )
         with untouched(model, settle=steps) as restart:
-            trial = _Trial(model, layers, sample, batches, restart, reseed)
+            trial = trials.Trial(model, layers, sample, batches, restart, reseed)
             if verbose > 0:
                 _announce(count, steps, batch_size, budget, epoch, sample)
             if candidates is None:
-                _search(trial, budget)
+                trials.search(trial, budget)
             else:
-                _upward(trial, candidates)
+                trials.upward(trial, candidates)
     return _result(trial)
-
-
-class _Row(NamedTuple):
-    """A rate and what came of it."""
-
-    rate: float
-    info: Information | None
-    loss: float
-    accuracy: float
-    failed: bool
-
-
-class _Trial:
-    """Trains at one rate after the other, each time from the start, and keeps the rows.
-
-    Args:
-        model: A `keras.Model`, on loan.
-        layers: Layers whose rate is to be set, or None.
-        sample: What to judge on.
-        batches: What to train on: list of (x, y, sample_weight).
-        restart: Function that sets the model back to the start.
-        reseed: Function that sets the global generators back to the start.
-    """
-
-    def __init__(self, model, layers, sample, batches, restart, reseed):
-        self._model = model
-        self._batches = batches
-        self._restart = restart
-        self._reseed = reseed
-        self.length = len(batches)
-        self.taken = 0
-        self.rows = []
-        _check_rate(model)
-        self._rates = rates.NetworkRate(model)
-        if layers is not None:
-            self._rates = rates.LayerRates(model, layers)
-            if rates.base_rate(model) <= 0:
-                raise ValueError(
-                    "Argument `layers` needs an optimizer whose learning rate is above "
-                    "0: the rate of a layer is a multiple of it. "
-                    f"Received: learning_rate={rates.base_rate(model)}"
-                )
-        self.own_rate = float(self._rates.get().max())
-        self._probe = probe.Probe(model, sample)
-        if has_statistics(model):
-            # As they will be after the training, which alone shall make a difference.
-            for x, _, _ in batches:
-                model(x, training=True)
-        self.start = self._read(0.0)
-        _check_start(self.start, sample.labels)
-        # Whether the shares of the classes are most of what is to be learned.
-        guess = [math.log(one.target.num_classes) for one in sample.labels]
-        guess = np.average(guess, weights=[one.share for one in sample.labels])
-        self.skewed = self.start.info.entropy < 0.5 * guess
-
-    def run(self, rate: float) -> _Row:
-        """Trains at a rate and reads."""
-        self._restart()
-        self._reseed()
-        self._rates.set(np.full(len(self._rates.get()), rate))
-        failed = False
-        for x, y, weight in self._batches:
-            logs = self._model.train_on_batch(
-                x, y, sample_weight=weight, return_dict=True
-            )
-            self.taken += 1
-            # The logs of a custom step may have no loss; its outputs are still read.
-            if not math.isfinite(logs.get("loss", 0.0)):
-                failed = True
-                break
-        if failed:
-            row = _Row(rate, None, math.nan, math.nan, True)
-        else:
-            row = self._read(rate)
-            if row.info is not None:
-                row = row._replace(failed=self._collapsed(row))
-        self.rows = sorted([*self.rows, row], key=lambda row: row.rate)
-        return row
-
-    def _read(self, rate):
-        info, _ = self._probe.measure()
-        if not self._probe.finite:
-            return _Row(rate, None, math.nan, math.nan, True)
-        return _Row(rate, info, info.cross_entropy, self._probe.accuracy, False)
-
-    def _collapsed(self, row):
-        """Whether most of what was known at a lower rate, or at the start, is lost.
-
-        With the loss of a constant predictor, H(Y), or a higher one. Where something is
-        still known, or training had added nothing so far, or not even the shares of
-        rare classes were known, the loss has to be worse than before too: predictions
-        that become less sure of what is wrong pass through a state with less
-        information on their way to learning. Where nothing was known there is nothing
-        to lose, and the loss has to be far beyond.
-        """
-        lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
-        best = max([self.start, *lower], key=lambda r: r.info.accessible)
-        known, entropy = best.info.accessible, row.info.entropy
-        if known < 0.05 * entropy:
-            return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
-        limit = 0.95 * entropy
-        added = known > 1.1 * self.start.info.accessible
-        lucky = self.skewed and best.loss > _GUESS * entropy
-        if lucky or not added or row.info.accessible > 0.1 * known:
-            limit = np.fmax(limit, best.loss)
-        # The loss may be unknown.
-        return row.info.accessible < known / 2 and not row.loss < limit
-
-
-def _affordable_steps(budget, candidates):
-    """Steps for each rate, so that all together keep to the budget."""
-    least = len(_DECADES) if candidates is None else len(candidates)
-    if budget < least:
-        raise ValueError(
-            f"{budget} training step(s) are too few to try {least} learning rates. "
-            "Pass `steps`, for each of them, or `max_steps`, for all: by default it is "
-            "the number of batches in an epoch."
-        )
-    count = _COUNT if candidates is None else len(candidates)
-    return max(1, min(STEPS, budget // count))
-
-
-def _upward(trial, candidates):
-    """Tries rates in ascending order, until a training fails."""
-    for rate in candidates:
-        if trial.run(rate).failed:
-            break
-
-
-def _search(trial, budget):
-    """Decades upward, on downward where the lowest is the best, then between them.
-
-    Ends when the next training might take more steps than `budget`.
-    """
-
-    def affordable():
-        return trial.taken + trial.length <= budget
-
-    for rate in _DECADES:
-        if not affordable() or trial.run(rate).failed:
-            break
-    while affordable() and trial.rows[0].rate > 1.5 * _LOWEST:
-        lowest = trial.rows[0]
-        if not lowest.failed and (not _moved(trial) or lowest is not _best(trial)):
-            break
-        trial.run(lowest.rate / 10)
-    best = _best(trial)
-    if best is not None:
-        for rate in (best.rate / _HALF_DECADE, best.rate * _HALF_DECADE):
-            if affordable():
-                trial.run(rate)
-
-
-def _trained(rows):
-    """The rows below the lowest rate that failed."""
-    failed = [row.rate for row in rows if row.failed]
-    return [row for row in rows if row.rate < min(failed, default=math.inf)]
-
-
-def _moved(trial):
-    """The rows that trained and know more than there was at the start.
-
-    Where classes are rare, outputs that are worse than their shares may tell them apart
-    by chance, at rates too low to have learned the shares, or so high that the outputs
-    swing: that is not known for long.
-    """
-    known, entropy = trial.start.info.accessible, trial.start.info.entropy
-    most = _GUESS * entropy if trial.skewed else math.inf
-    return [
-        row
-        for row in _trained(trial.rows)
-        if row.info.accessible > known + max(2 * row.info.noise, _NEGLIGIBLE * entropy)
-        and not row.loss > most  # It may be unknown.
-    ]
-
-
-def _best(trial):
-    """The row with the most information, or with the lowest loss where none moved.
-
-    Of rows that have as much but for a tenth of what was gained, the one with the
-    lowest loss, which is less coarse.
-    """
-    rows = _moved(trial)
-    if rows:
-        most = max(row.info.accessible for row in rows)
-        least = most - 0.1 * (most - trial.start.info.accessible)
-        rows = [row for row in rows if row.info.accessible >= least]
-    else:
-        rows = _trained(trial.rows)
-    return min(rows, key=_loss_or_information, default=None)
-
-
-def _loss_or_information(row):
-    """The lower the better; rows without a loss come last, by their information."""
-    known = not math.isnan(row.loss)
-    return (0, row.loss) if known else (1, -row.info.accessible)
-
-
-def _margin(steps):
-    """How far below the rate that learned fastest the rate to use shall be.
-
-    What is fastest for a few steps is too fast for many: momentum has not built up yet,
-    and too high a rate shows late. Half a decade at 30 steps, more with fewer.
-    """
-    return _HALF_DECADE * max(1.0, STEPS / steps) ** 0.25
 
 
 def _result(trial):
     rows = trial.rows
-    trained, moved = _trained(rows), _moved(trial)
+    trained, moved = trials.trained(rows), trials.moved(trial)
     if not trained:
         raise ValueError(
             "Training fails at every rate that was tried, the lowest being "
@@ -459,8 +242,8 @@ def _result(trial):
             "model or the data."
         )
     nan, lowest = math.nan, (moved or trained)[0].rate
-    peak = _best(trial).rate
-    rate = max(lowest, peak / _margin(trial.length))
+    peak = trials.best_of(trial).rate
+    rate = max(lowest, peak / trials.margin(trial.length))
     if not moved:
         # The loss tells no more: of classes that are rare it is lowest where little
         # but their share was learned.
@@ -653,47 +436,6 @@ def _naming_x():
             raise
         message = str(error).replace("`probe_data`", "`x`")
         raise type(error)(message) from error
-
-
-def _check_rate(model):
-    """Refuses an optimizer whose rate cannot be set; tried on the copy."""
-    try:
-        model.optimizer.learning_rate = rates.base_rate(model)
-    except TypeError as error:
-        raise ValueError(
-            "lr_range_test sets the learning rate, and cannot where the optimizer has "
-            "a LearningRateSchedule. Compile with a number, as "
-            "`keras.optimizers.Adam(learning_rate=1e-3)`, and make the schedule from "
-            f"what is found. Received: {type(model.optimizer).__name__} with a schedule"
-        ) from error
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise ValueError(
-            "lr_range_test needs an optimizer with one learning rate that can be set. "
-            f"Received: {type(model.optimizer).__name__}"
-        ) from error
-
-
-def _check_start(row, labels):
-    if row.info is None:
-        raise ValueError(
-            "The outputs of the model are not finite before any training. "
-            "Check its weights and the inputs."
-        )
-    kinds = [one.target.kind for one in labels]
-    if not math.isnan(row.loss) or "continuous" in kinds:
-        return
-    if "binary" in kinds:
-        raise ValueError(
-            "The model's single output has values outside [0, 1], so 0.5 cannot be "
-            "the threshold between the classes. If it is a logit, compile with "
-            "`BinaryCrossentropy(from_logits=True)`."
-        )
-    warnings.warn(
-        "lr_range_test: the model's outputs are not probabilities, and its loss does "
-        "not say that they are logits. H(Y) − CE cannot be measured, and the counted "
-        "mutual information alone judges the rates.",
-        stacklevel=4,
-    )
 
 
 def _announce(count, steps, batch_size, budget, epoch, sample):

@@ -24,7 +24,7 @@ if BACKEND == "torch":
 # on the backend,
 SAME_EVERYWHERE = ["test_examples.py", "test_names.py", "test_plotting.py"]
 SAME_EVERYWHERE += ["test_policies.py", "test_statistics.py", "test_fuzz.py"]
-SAME_EVERYWHERE += ["test_support.py", "test_versions.py"]
+SAME_EVERYWHERE += ["test_support.py", "test_trials.py", "test_versions.py"]
 # these have not been tried under another than TensorFlow,
 SAME_EVERYWHERE += ["test_safety.py", "test_long_run.py"]
 # and in these, which train a model in each test, these parts of names tell what does;
@@ -112,10 +112,11 @@ def _show_coverage(terminalreporter, reports):
     found = collections.defaultdict(list)
     for report in reports:
         name = report.nodeid.partition("[")[0].partition("::")[2]
-        found[name] += [v for key, v in report.user_properties if key == "coverage"]
-    found = {name: shares for name, shares in found.items() if shares}
+        for key, share in report.user_properties:
+            if key == "coverage":
+                found[name].append(share)
     if found:
-        terminalreporter.section("coverage, nominally .95: lowest, highest, settings")
+        terminalreporter.section("coverage, nominally .95: lowest, highest, cases")
     for name, shares in found.items():
         line = f"{min(shares):8.3f} {max(shares):8.3f} {len(shares):8d}  {name}"
         terminalreporter.write_line(line)

@@ -1,5 +1,4 @@
 import random
-import types
 
 import keras
 import numpy as np
@@ -8,7 +7,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 import keras_milr
-from keras_milr import range_test, readouts
+from keras_milr import readouts
 from tests import backends
 from tests.backends import TORCH_COMPILE, OwnStep, noise
 
@@ -774,51 +773,3 @@ def test_plot(digits):
     assert set(best.get_xdata()) == {found.best_lr}
     assert bottom.get_xscale() == "log"
     assert "failed" in lines
-
-
-def trial(*rows, start=(0.1, 2.4), skewed=False):
-    """A `_Trial` that has been run: (rate, information, loss) in nats, H(Y) = 2."""
-
-    def row(rate, information, loss):
-        info = readouts.Information(information, information, 2.0, 0.0, 0.02)
-        return range_test._Row(rate, info, loss, 0.5, False)
-
-    rows = [row(*r) for r in rows]
-    return types.SimpleNamespace(rows=rows, start=row(0.0, *start), skewed=skewed)
-
-
-class TestJudgement:
-    def test_of_about_as_much_information_the_lower_loss_is_better(self):
-        rows = (1e-3, 0.8, 1.9), (1e-2, 1.3, 1.2), (1e-1, 1.25, 1.0), (1.0, 1.0, 0.9)
-        assert range_test._best(trial(*rows)).rate == 1e-1
-
-    def test_without_losses_the_information_decides(self):
-        rows = (1e-3, 0.8, np.nan), (1e-2, 1.3, np.nan), (1e-1, 1.25, np.nan)
-        assert range_test._best(trial(*rows)).rate == 1e-2
-
-    @pytest.mark.parametrize(("skewed", "best"), [(False, 1e-4), (True, 1e-2)])
-    def test_what_an_output_worse_than_the_shares_knows_is_chance(self, skewed, best):
-        """A rare class that is told apart at the start, and while outputs swing."""
-        rows = (1e-4, 0.9, 5.0), (1e-3, 0.5, 3.0), (1e-2, 0.6, 2.05), (1e-1, 0.7, 2.3)
-        assert range_test._best(trial(*rows, skewed=skewed)).rate == best
-
-    @pytest.mark.parametrize("skewed", [False, True])
-    def test_to_lose_a_lucky_start_is_no_collapse(self, skewed):
-        done = trial((1e-4, 0.3, 4.0), skewed=skewed)
-        lost, worse = trial((1e-3, 0.01, 3.0), (1e-3, 0.01, 4.5)).rows
-        assert range_test._Trial._collapsed(done, lost) is not skewed
-        assert range_test._Trial._collapsed(done, worse)
-
-    @pytest.mark.parametrize(
-        ("information", "loss", "collapsed"),
-        [
-            (0.2, 2.1, False),  # On its way: unsure now of what it was wrong about.
-            (0.2, 2.3, True),  # Neither is better.
-            (0.01, 2.1, True),  # The same guess for all.
-            (0.4, 5.0, False),  # It knows more than half.
-        ],
-    )
-    def test_collapse(self, information, loss, collapsed):
-        done = trial((1e-3, 0.3, 2.35), (1e-2, 0.6, 2.25))
-        now = trial((1e-1, information, loss)).rows[0]
-        assert range_test._Trial._collapsed(done, now) == collapsed
