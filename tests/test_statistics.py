@@ -78,12 +78,16 @@ def found_in(counts):
     return value, information.standard_error(counts)
 
 
+def share_within(value, stderr, truth):
+    return np.mean(np.abs(value - truth) <= 1.96 * stderr)
+
+
 @pytest.fixture
 def coverage(record_property):
     """Share of data sets whose interval holds the truth; conftest.py prints them."""
 
     def share(value, stderr, truth):
-        found = np.mean(np.abs(value - truth) <= 1.96 * stderr)
+        found = share_within(value, stderr, truth)
         record_property("coverage", float(found))
         return found
 
@@ -164,13 +168,14 @@ class TestCounts:
         joint = channel(shares(classes), error)
         truth = information_of(joint)
         value, stderr = found_in(tables(joint, n, 1000))
-        assert coverage(value, stderr, truth) < most
-        assert coverage(value, stderr, truth) == pytest.approx(covered, abs=0.04)
+        share = coverage(value, stderr, truth)
+        assert share < most
+        assert share == pytest.approx(covered, abs=0.04)
         assert np.mean(value) - truth == pytest.approx(bias, rel=0.1)
         assert np.mean(value) - truth > 0.5 * np.std(value)
         assert 0.65 < np.mean(stderr) / np.std(value) < 0.9
         centred = value - np.mean(value) + truth
-        assert most < coverage(centred, stderr, truth) < 0.92
+        assert most < share_within(centred, stderr, truth) < 0.92
 
     @pytest.mark.parametrize("classes", [2, 10])
     def test_never_more_than_the_sample_has(self, classes):
