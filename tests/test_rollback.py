@@ -1,3 +1,4 @@
+import contextlib
 import re
 import warnings
 
@@ -476,6 +477,50 @@ def test_never_for_statistics_that_lag(seed, digits):
     assert logs.history["accuracy"][-1] > 0.7
     # The test is none if the readings are not bad.
     assert callback.history[1]["cross_entropy"] > 1.5 * logs.history["loss"][0]
+
+
+@pytest.mark.parametrize(("rate", "healthy"), [(0.1, True), (1.0, False)])
+def test_of_few_batches_and_statistics_that_lag(rate, healthy, digits):
+    """The loss of the first epoch, of 3 batches, is above H(Y) where all is well."""
+    x, y = (a[:96] for a in digits)
+    layers = [keras.Input((64,))]
+    for _ in range(6):
+        layers += [
+            keras.layers.Dense(64, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+        ]
+    model = keras.Sequential([*layers, keras.layers.Dense(10, activation="softmax")])
+    model.compile(
+        keras.optimizers.Adam(rate),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    callback = keras_milr.MutualInformationLR(lambda reading: reading.rate, (x, y))
+    warned = pytest.warns(UserWarning, match="are back at the last good reading")
+    with contextlib.nullcontext() if healthy else warned:
+        logs = model.fit(x, y, epochs=12, verbose=0, callbacks=[callback]).history
+    assert (callback.history[-1]["rollbacks"] == 0) is healthy
+    assert logs["accuracy"][-1] > 0.9
+    # The test is none if the loss and the readings are not bad.
+    assert logs["loss"][0] > H
+    assert callback.history[1]["cross_entropy"] > 2 * H
+
+
+def test_when_statistics_may_lag():
+    """The loss may be higher in the first few hundred steps."""
+    model = make_model(normalise=True)
+    guard = Rollback(model)
+    guard.keep(info(0.1, 2.3), [])
+    bad = info(0.0, 5.0)
+    for step, loss, failed in (
+        (*(299, 1.4), False),
+        (*(299, 1.6), True),
+        (*(300, 0.8), False),
+        (*(300, 1.0), True),
+    ):
+        model.optimizer.iterations.assign(step)
+        assert (guard.judge(bad, [], loss=loss * H) is not None) is failed
 
 
 def test_bad_argument(digits):
