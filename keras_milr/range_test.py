@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from keras_milr import backend, sampling, trials
+from keras_milr import backend, batches, sampling, trials
 from keras_milr._arguments import LARGEST, LARGEST_SEED, check_integer, check_number
 from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
@@ -196,8 +196,8 @@ def lr_range_test(
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
     with _naming_x():
         with own_random_state(seed):
-            first = next(sampling.batches(data), None)
-        length = 0 if first is None else sampling.check_lengths(*first)
+            first = next(batches.read(data), None)
+        length = 0 if first is None else batches.check_lengths(*first)
         if length > 0:
             # Not with random numbers that are taken back: a model that is built only
             # now would have drawn them in `fit`.
@@ -218,11 +218,11 @@ def lr_range_test(
         else:
             budget = count * steps
         with _naming_x():
-            sample, batches = _split(
+            sample, training = _split(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
             )
         with untouched(model, settle=steps) as restart:
-            trial = trials.Trial(model, layers, sample, batches, restart, reseed)
+            trial = trials.Trial(model, layers, sample, training, restart, reseed)
             if verbose > 0:
                 _announce(count, steps, batch_size, budget, epoch, sample)
             if candidates is None:
@@ -304,16 +304,16 @@ def _split(rows, model, steps, batch_size, class_weight, probe_size, seed):
             )
         weight = np.array([class_weight.get(int(c), 1.0) for c in rows.class_ids])
         weight = weight.astype(keras.config.floatx())
-    batches = []
+    training = []
     for start in range(0, wanted, batch_size):
         here = order[start : start + batch_size]
         batch = (rows.x, rows.y, weight)
-        batches.append(
+        training.append(
             keras.tree.map_structure(
                 lambda a, i=here: None if a is None else a[i], batch
             )
         )
-    return drawn.sample(), batches
+    return drawn.sample(), training
 
 
 def _check_arguments(

@@ -1,12 +1,11 @@
 """A fixed sample of labelled data, drawn in one pass: what a model is measured on."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_milr import outputs, targets
+from keras_milr import batches, outputs, targets
 from keras_milr._arguments import naming
 
 
@@ -137,11 +136,11 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
     """
     rng, size = np.random.default_rng(seed), int(size)
     pool, batch_sizes = None, []
-    for x, y, sample_weight in batches(data):
-        n = check_lengths(x, y, sample_weight)
+    for x, y, sample_weight in batches.read(data):
+        n = batches.check_lengths(x, y, sample_weight)
         if n == 0:
             continue
-        _check_inputs(x)
+        batches.check_inputs(x)
         if pool is None:
             plan = _Plan(model, x, y, output, kind)
             pool = _Pool(plan.classes)
@@ -437,116 +436,3 @@ def _shares(counts, size):
             step
         )
     return shares
-
-
-def batches(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
-    """Batches of (x, y, sample_weight) as NumPy, from whatever `data` is."""
-    if isinstance(data, (tuple, list)):
-        batches = [data]
-    elif isinstance(data, keras.utils.PyDataset):
-        if data.num_batches is None:
-            raise ValueError(
-                "Argument `probe_data` must be finite. Received a PyDataset whose "
-                "`num_batches` is None"
-            )
-        batches = (data[i] for i in range(data.num_batches))
-    elif isinstance(data, (np.ndarray, dict)) or keras.ops.is_tensor(data):
-        raise ValueError(
-            "Argument `probe_data` must have labels: (x, y), (x, y, sample_weight), or "
-            f"an iterable of such batches. Received: {type(data).__name__}"
-        )
-    elif hasattr(data, "__iter__"):
-        if hasattr(data, "cardinality") and int(data.cardinality()) == -1:
-            raise ValueError(
-                "Argument `probe_data` must be finite. Received a dataset that repeats "
-                "without end; pass it before `.repeat()`, or use `.take(steps)`."
-            )
-        batches = data
-    else:
-        raise TypeError(
-            "Argument `probe_data` must be (x, y), (x, y, sample_weight), or an "
-            "iterable of such batches (tf.data.Dataset, keras.utils.PyDataset, "
-            f"DataLoader, generator). Received: {data!r} of type {type(data).__name__}"
-        )
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            what = f"{type(batch).__name__}"
-            if isinstance(batch, (tuple, list)):
-                what += f" of {len(batch)}"
-            raise ValueError(
-                "Argument `probe_data` must have labels: (x, y) or "
-                f"(x, y, sample_weight). Received: {what}"
-            )
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
-        if y is None:
-            raise ValueError("Argument `probe_data` must have labels. Received: y=None")
-        x, y = keras.tree.map_structure(_array, x), _of_outputs(y)
-        if sample_weight is not None:
-            sample_weight = _of_outputs(sample_weight)
-        yield x, y, sample_weight
-
-
-def _of_outputs(y):
-    """Labels or weights as NumPy: a dict or list of arrays has those of each output."""
-    if isinstance(y, dict):
-        return {name: _array(a) for name, a in y.items() if a is not None}
-    listed = isinstance(y, (list, tuple)) and len(y) > 0
-    if listed and all(len(getattr(a, "shape", ())) > 0 for a in y):
-        return [_array(a) for a in y]
-    return _array(y)
-
-
-def _array(x):
-    """`x` as NumPy, in the types that Keras trains with."""
-    if keras.ops.is_tensor(x):  # Which may be on another device.
-        x = keras.ops.convert_to_numpy(x)
-    try:
-        x = np.asarray(x)
-    except ValueError as error:
-        raise ValueError(
-            "Argument `probe_data` must hold arrays, (x, y) or (x, y, sample_weight). "
-            f"Received a {type(x).__name__} that is none: {error}"
-        ) from error
-    return x.astype(keras.config.floatx(), copy=False) if x.dtype.kind == "f" else x
-
-
-def check_lengths(x, y, sample_weight) -> int:
-    """Number of samples in a batch; ValueError for lengths that differ."""
-    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
-    weights = [] if sample_weight is None else keras.tree.flatten(sample_weight)
-    for weight in weights:
-        shapes.append(weight.shape)
-        number = weight.dtype.kind in "biuf"
-        if not number or not np.all((weight >= 0) & np.isfinite(weight)):
-            raise ValueError(
-                "The sample weights of `probe_data` must be finite and not negative. "
-                f"Received: {weight}"
-            )
-    if any(len(shape) == 0 for shape in shapes):
-        raise ValueError(
-            "Argument `probe_data` must come in batches. Received single samples; "
-            "use `dataset.batch(...)`."
-        )
-    if len({shape[0] for shape in shapes}) != 1:
-        raise ValueError(
-            "Inputs, labels and weights in `probe_data` must have the same length. "
-            f"Received: shapes {shapes}"
-        )
-    return shapes[0][0]
-
-
-def _check_inputs(x):
-    for array in keras.tree.flatten(x):
-        if array.dtype.kind in "OSU" and keras.backend.backend() != "tensorflow":
-            raise ValueError(
-                "The inputs in `probe_data` must be numbers: only the backend "
-                "TensorFlow has strings in a model. Look them up in the data, as by "
-                "`dataset.map(lambda x, y: (text_vectorization(x), y))`. "
-                f"Received: an array of {array.dtype}, such as {array.flat[0]!r}"
-            )
-        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-            raise ValueError(
-                "The inputs in `probe_data` must be finite. Received an array of shape "
-                f"{array.shape} with {int(np.sum(~np.isfinite(array)))} NaN or "
-                "infinite value(s)"
-            )
