@@ -146,7 +146,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             it is called once before training, to check its result. To serialise, it
             must be registered with `keras.saving.register_keras_serializable`. Where it
             has an attribute `undoes_raises` that is true, a raise that costs
-            information is undone: see `rollback`. Defaults to `"decay"`.
+            information is undone, and so is a lasting loss: see `rollback`. Defaults
+            to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             `DataLoader`, generator). The training data are a good choice. Defaults to
@@ -685,7 +686,11 @@ class MutualInformationLR(keras.callbacks.Callback):
                 loss = 0.0
             loss = float(backend.of_first_worker(self.model, np.asarray(loss)))
             failure = self._rollback.judge(
-                self._output(infos), infos, loss, raised=self._controller.tries()
+                self._output(infos),
+                infos,
+                loss,
+                raised=self._controller.tries(),
+                explores=self._controller.explores(),
             )
             if failure is not None:
                 self._roll_back(reading, failure)

@@ -65,10 +65,13 @@ class Controller:
             raise TypeError(f"no finite numbers of shape {shape}: {name!r}")
         return value
 
+    def explores(self) -> bool:
+        """Whether the policy raises rates to see what comes of it."""
+        return bool(getattr(self._policy, "undoes_raises", False))
+
     def tries(self) -> bool:
-        """Whether the policy has raised a rate last, to see what comes of it."""
-        tries = bool(getattr(self._policy, "undoes_raises", False))
-        return tries and self._before is not None
+        """Whether it has done so last."""
+        return self.explores() and self._before is not None
 
     def read(self, infos) -> Reading:
         """The reading that a policy is handed; `infos` has an entry for each rate.

@@ -13,6 +13,7 @@ MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # share of H(Y)
 _SAME = 1e-6  # outputs that differ by less are the same
 _LITTLE = 0.1  # share of H(Y)
+_LASTS = 3  # readings in a row
 _SETTLED = 300  # steps; 0.99 ** 300 = 0.05, with Keras' momentum of normalisation
 
 
@@ -35,11 +36,14 @@ class Rollback:
         )
         self._now = None  # What was read of the present weights.
         self._undo = False  # Whether all that failed was a raise of the rate.
+        self._low = 0  # Readings in a row that were far below the best.
         self.count = 0
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def judge(self, output, infos, loss: float, raised=False) -> str | None:
+    def judge(
+        self, output, infos, loss: float, raised=False, explores=False
+    ) -> str | None:
         """What is wrong with the training, in words; else keeps the present weights.
 
         Args:
@@ -47,12 +51,21 @@ class Rollback:
             infos: `Information` for each rate.
             loss: The training loss.
             raised: Whether it was trained at a rate that was raised to see what comes.
+            explores: Whether the policy is one that raises rates for that.
         """
         values = self._values()
         failure, self._undo = self._failure(values, output, loss), False
-        if failure is None and raised and not self._lags(output, loss):
+        judged = failure is None and not self._lags(output, loss)
+        if judged and raised:
             failure = fell(output, self._best)
             self._undo = failure is not None
+        if judged and explores and failure is None:
+            self._low = self._low + 1 if is_far_below(output, self._best) else 0
+            if self._low == _LASTS:
+                failure = (
+                    f"for {_LASTS} readings the information stayed far below what it "
+                    f"was, {output.accessible:.4g} of {self._best.accessible:.4g} nats"
+                )
         if failure is None:
             self.keep(output, infos, values)
         return failure
@@ -130,6 +143,7 @@ class Rollback:
                 "an Input layer or `model.build(...)`, or lower the learning rate."
             )
         self.count += 1
+        self._low = 0
         factor = 0.3
         if self._undo:
             factor = None
@@ -146,6 +160,7 @@ class Rollback:
         kept = {"good": self._good, "start": self._start}
         state = {
             "count": self.count,
+            "low": self._low,
             "first": self._first._asdict(),
             "best": self._best._asdict(),
             "now": [info._asdict() for info in self._now],
@@ -178,7 +193,7 @@ class Rollback:
         Raises:
             ValueError: for arrays of another model.
         """
-        self.count = state["count"]
+        self.count, self._low = state["count"], state["low"]
         self._first, self._best = (Information(**state[k]) for k in ("first", "best"))
         self._now = [Information(**info) for info in state["now"]]
         present = self._values()
@@ -284,3 +299,18 @@ def fell(now, best) -> str | None:
         f"after the rate was raised the information fell from {best.accessible:.4g} to "
         f"{now.accessible:.4g} nats"
     )
+
+
+def is_far_below(now, best) -> bool:
+    """Whether a tenth of H(Y) was lost, by the information and by the cross-entropy.
+
+    Once, that is how a high rate may swing. It lasts where the rate has done damage,
+    such as units that are zero for every sample, which no lower rate mends.
+
+    Args:
+        now: `Information` at the output.
+        best: That of the reading with the most information so far.
+    """
+    margin = max(_LITTLE * now.entropy, 3 * now.noise)
+    lost = now.accessible < best.accessible - margin
+    return bool(lost and now.cross_entropy > best.cross_entropy + margin)

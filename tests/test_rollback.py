@@ -9,7 +9,7 @@ import pytest
 import keras_milr
 from keras_milr import rates
 from keras_milr.readouts import Information, Predictions
-from keras_milr.rollback import MOST, Rollback, collapse, fell
+from keras_milr.rollback import MOST, Rollback, collapse, fell, is_far_below
 from tests.backends import DRAWN, NAME
 
 H = np.log(10)
@@ -477,6 +477,61 @@ def test_never_for_statistics_that_lag(seed, digits):
     assert logs.history["accuracy"][-1] > 0.7
     # The test is none if the readings are not bad.
     assert callback.history[1]["cross_entropy"] > 1.5 * logs.history["loss"][0]
+
+
+class TestLastingLoss:
+    BEST = info(1.2, 1.1)
+    LOW = info(0.9, 1.4)  # A tenth of H(Y) is .23.
+
+    @pytest.mark.parametrize(
+        ("now", "far"),
+        [
+            (LOW, True),
+            (info(1.0, 1.4), False),
+            (info(0.9, 1.2), False),  # Fewer nats are counted, but it learns.
+            (info(0.9, 1.4, stderr=0.2), False),  # Within the noise.
+            (info(0.6, np.nan), False),
+        ],
+    )
+    def test_is_far_below(self, now, far):
+        assert is_far_below(now, self.BEST) is far
+
+    @pytest.mark.parametrize("explores", [True, False])
+    def test_fails_when_it_lasts(self, explores):
+        guard = Rollback(make_model())
+        guard.keep(self.BEST, ["best"])
+        for now in (self.LOW, self.LOW, self.BEST, self.LOW, self.LOW):
+            assert guard.judge(now, [], loss=1.2, explores=explores) is None
+        failure = guard.judge(self.LOW, [], loss=1.2, explores=explores)
+        assert (failure is not None) is explores
+        if explores:
+            assert re.search("3 readings .* stayed far below.* 0.9 of 1.2", failure)
+            guard.restore()
+            assert guard.judge(self.LOW, [], loss=1.2, explores=True) is None
+
+    def test_the_count_is_resumed(self):
+        guard, again = (Rollback(make_model()) for _ in range(2))
+        guard.keep(self.BEST, [self.BEST])
+        for _ in range(2):
+            guard.judge(self.LOW, [self.LOW], loss=1.2, explores=True)
+        again.resume(guard.state()[0], None)
+        assert again.judge(self.LOW, [self.LOW], loss=1.2, explores=True) is not None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_units_that_a_high_rate_has_switched_off(seed, digits):
+    """No lower rate brings them back: without the rule it ends below .6."""
+    x, y = (a[:300] for a in digits)
+    keras.utils.set_random_seed(seed)
+    model = make_model(keras.optimizers.SGD(0.6, momentum=0.9))
+    callback = keras_milr.MutualInformationLR(probe_data=(x, y), max_lr=0.6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are back at the last good")
+        logs = model.fit(
+            x, y, batch_size=16, epochs=30, verbose=0, callbacks=[callback]
+        )
+    assert logs.history["accuracy"][-1] > 0.9
+    assert 1 <= callback.history[-1]["rollbacks"] <= 4
 
 
 @pytest.mark.parametrize(("rate", "healthy"), [(0.1, True), (1.0, False)])
