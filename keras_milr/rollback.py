@@ -55,7 +55,9 @@ class Rollback:
         """
         values = self._values()
         failure, self._undo = self._failure(values, output, loss), False
-        judged = failure is None and not self._lags(output, loss)
+        # A model that had no weights at the start has no best reading yet.
+        known = failure is None and self._best is not None
+        judged = known and not self._lags(output, loss)
         if judged and raised:
             failure = fell(output, self._best)
             self._undo = failure is not None
