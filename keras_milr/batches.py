@@ -8,7 +8,21 @@ import numpy as np
 
 
 def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
-    """Yields the batches of `data`, each (x, y, sample_weight); see `draw_sample`."""
+    """The batches of labelled data; arrays are one batch.
+
+    Args:
+        data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
+            batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, a
+            generator.
+
+    Yields:
+        Inputs, labels and sample weights or None, as NumPy arrays or structures of
+        them.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for data that are infinite, without labels, or no arrays.
+    """
     if isinstance(data, (tuple, list)):
         batches = [data]
     elif isinstance(data, keras.utils.PyDataset):

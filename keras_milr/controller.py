@@ -70,7 +70,7 @@ class Controller:
         return bool(getattr(self._policy, "undoes_raises", False))
 
     def tries(self) -> bool:
-        """Whether it has done so last."""
+        """Whether the policy has raised a rate last, to see what comes of it."""
         return self.explores() and self._before is not None
 
     def read(self, infos) -> Reading:

@@ -8,8 +8,8 @@ across layers: it keeps the ratio between their rates within `max_ratio`.
 A policy that raises rates to see what comes of it has an attribute `undoes_raises`
 that is true. Where the information falls after a raise, and the cross-entropy rises
 with it, `MutualInformationLR(rollback=True)` then goes back to the weights before; see
-`keras_milr.rollback.fell`. So it does where much of it stays lost; see `is_far_below`
-there. `ReferenceLevel` and `ThresholdDecay` are such policies.
+`keras_milr.rollback.fell`. So it does where much of it stays lost. `ReferenceLevel`
+and `ThresholdDecay` are such policies.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value

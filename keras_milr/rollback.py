@@ -54,20 +54,16 @@ class Rollback:
             explores: Whether the policy is one that raises rates for that.
         """
         values = self._values()
-        failure, self._undo = self._failure(values, output, loss), False
+        failure, self._undo = self._not_finite(values, loss), False
         # A model that had no weights at the start has no best reading yet.
-        known = failure is None and self._best is not None
-        judged = known and not self._lags(output, loss)
-        if judged and raised:
+        compared = self._best is not None and not self._lags(output, loss)
+        if compared and failure is None:
+            failure = collapse(output, self._best, self._first)
+        if compared and failure is None and raised:
             failure = fell(output, self._best)
             self._undo = failure is not None
-        if judged and explores and failure is None:
-            self._low = self._low + 1 if is_far_below(output, self._best) else 0
-            if self._low == _LASTS:
-                failure = (
-                    f"for {_LASTS} readings the information stayed far below what it "
-                    f"was, {output.accessible:.4g} of {self._best.accessible:.4g} nats"
-                )
+        if compared and failure is None and explores:
+            failure = self._stays_low(output)
         if failure is None:
             self.keep(output, infos, values)
         return failure
@@ -92,7 +88,7 @@ class Rollback:
             if self._half_is_known():
                 self._start = None
 
-    def _failure(self, values, output, loss):
+    def _not_finite(self, values, loss):
         trained = {id(v) for v in self._model.trainable_variables}
         weights, slots = self._model.weights, self._model.optimizer.variables
         of_model = zip(weights, values, strict=False)  # The optimizer's come after.
@@ -105,21 +101,29 @@ class Rollback:
         # weights are what they were, and never change again.
         if not _are_finite(values[len(weights) : len(weights) + len(slots)]):
             return "the optimizer's state is not finite"
-        if self._best is None:
+        return None
+
+    def _stays_low(self, output):
+        """What has been lost for some readings in a row, in words; else None.
+
+        Once, that is how a high rate may swing. It lasts where the rate has done
+        damage, such as units that are zero for every sample, which no lower rate mends.
+        """
+        self._low = self._low + 1 if is_below(output, self._best, _LITTLE) else 0
+        if self._low < _LASTS:
             return None
-        if self._lags(output, loss):
-            return None
-        return collapse(output, self._best, self._first)
+        return (
+            f"for {_LASTS} readings the information stayed far below what it was, "
+            f"{output.accessible:.4g} of {self._best.accessible:.4g} nats"
+        )
 
     def _lags(self, output, loss):
         """Whether a reading may be of statistics that are behind the weights.
 
         Those of batch normalisation are, for some hundred batches: what inference mode
-        reads is worse than what is trained. The loss tells the two apart. In the first
-        epochs it may be above H(Y) and fall: of 80 networks on 3 to 20 batches of
-        digits, those that learned had at most 1.3 H(Y) in the first one, those at a
-        rate far too high at least 2. Where it is no cross-entropy, nothing tells them
-        apart.
+        reads is worse than what is trained. The loss tells the two apart; in an epoch
+        of a few first batches it may be above H(Y) though all is well. Where it is no
+        cross-entropy, nothing tells them apart.
         """
         if not has_statistics(self._model):
             return False
@@ -262,7 +266,7 @@ def collapse(now, best, first) -> str | None:
         )
     if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
         return None  # Not probabilities: what is lost cannot be told.
-    margin = max(_NEGLIGIBLE * nats, 3 * now.noise)
+    margin = _margin(now, _NEGLIGIBLE)
     guess = f"the same guess for every sample, {nats:.4g} nats"
     rose = (
         f"the cross-entropy rose from {{:.4g}} to {now.cross_entropy:.4g} nats, above"
@@ -289,12 +293,10 @@ def fell(now, best) -> str | None:
         now: `Information` at the output, after the raise.
         best: That of the reading with the most information so far.
     """
-    margin = max(_NEGLIGIBLE * now.entropy, 3 * now.noise)
     if math.isnan(now.cross_entropy):
-        lost = now.accessible < 0.5 * best.accessible - margin
+        lost = now.accessible < 0.5 * best.accessible - _margin(now, _NEGLIGIBLE)
     else:
-        lost = now.accessible < best.accessible - margin
-        lost &= now.cross_entropy > best.cross_entropy + margin
+        lost = is_below(now, best, _NEGLIGIBLE)
     if not lost:
         return None
     return (
@@ -303,16 +305,20 @@ def fell(now, best) -> str | None:
     )
 
 
-def is_far_below(now, best) -> bool:
-    """Whether a tenth of H(Y) was lost, by the information and by the cross-entropy.
+def is_below(now, best, share) -> bool:
+    """Whether more than a share of H(Y) was lost, and than what noise explains.
 
-    Once, that is how a high rate may swing. It lasts where the rate has done damage,
-    such as units that are zero for every sample, which no lower rate mends.
+    Both by the information and by the cross-entropy, so never where there is none.
 
     Args:
         now: `Information` at the output.
         best: That of the reading with the most information so far.
+        share: Share of H(Y).
     """
-    margin = max(_LITTLE * now.entropy, 3 * now.noise)
+    margin = _margin(now, share)
     lost = now.accessible < best.accessible - margin
     return bool(lost and now.cross_entropy > best.cross_entropy + margin)
+
+
+def _margin(now, share):
+    return max(share * now.entropy, 3 * now.noise)

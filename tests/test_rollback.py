@@ -9,7 +9,7 @@ import pytest
 import keras_milr
 from keras_milr import rates
 from keras_milr.readouts import Information, Predictions
-from keras_milr.rollback import MOST, Rollback, collapse, fell, is_far_below
+from keras_milr.rollback import MOST, Rollback, collapse, fell, is_below
 from tests.backends import DRAWN, NAME
 
 H = np.log(10)
@@ -493,8 +493,8 @@ class TestLastingLoss:
             (info(0.6, np.nan), False),
         ],
     )
-    def test_is_far_below(self, now, far):
-        assert is_far_below(now, self.BEST) is far
+    def test_a_tenth_is_lost(self, now, far):
+        assert is_below(now, self.BEST, 0.1) is far
 
     @pytest.mark.parametrize("explores", [True, False])
     def test_fails_when_it_lasts(self, explores):

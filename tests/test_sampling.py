@@ -142,8 +142,8 @@ class TestSample:
 class TestBadData:
     x, y = np.zeros((20, 1), "float32"), np.arange(20) % 2
 
-    def raises(self, data, message, size=10, error=ValueError):
-        with pytest.raises(error, match=f"(?s){message}"):
+    def raises(self, data, message, size=10):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             draw(data, size, features=1, classes=2)
 
     def test_lengths(self):
@@ -153,11 +153,6 @@ class TestBadData:
     def test_empty(self):
         self.raises((self.x[:0], self.y[:0]), "`probe_data` is empty")
         self.raises(iter(()), "`probe_data` is empty")
-
-    def test_no_labels(self):
-        dataset = tf.data.Dataset.from_tensor_slices(self.x).batch(5)
-        for data in (self.x, (self.x,), (self.x, None), {"x": self.x}, dataset):
-            self.raises(data, "must have labels")
 
     def test_labels_beyond_the_outputs(self):
         self.raises((self.x, self.y + 1), r"whole numbers in \[0, 2\)")
@@ -180,10 +175,6 @@ class TestBadData:
         self.raises(iter(batches), "must have the same shapes.*pad them")
         self.raises(batches, "must hold arrays")
 
-    def test_infinite_dataset(self):
-        dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y)).batch(5)
-        self.raises(dataset.repeat(), "must be finite.*repeats")
-
     def test_unbatched_dataset(self):
         dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y))
         self.raises(dataset, "must come in batches")
@@ -194,6 +185,3 @@ class TestBadData:
         self.raises((self.x, self.y, np.full(20, "w")), "weights.*finite")
         self.raises((self.x, self.y, np.zeros(20)), "above 0 in at least two classes")
         self.raises((self.x, self.y, self.y), "above 0 in at least two classes")
-
-    def test_nothing_like_data(self):
-        self.raises(3, "must be.*of type int", error=TypeError)
