@@ -31,7 +31,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import report
-import tensorflow as tf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_selection import mutual_info_classif
 from sklearn.metrics import mutual_info_score
@@ -61,7 +60,7 @@ def table_case(n, classes, rng):
     labels = rng.integers(0, classes, n).astype("int32")
     outputs = rng.normal(size=(n, classes)).astype("float32")
     outputs[np.arange(n), labels] += 1.5
-    x, y = tf.constant(outputs), tf.constant(labels)
+    x, y = (keras.ops.convert_to_tensor(a) for a in (outputs, labels))
     count = backend.jit(readouts.prediction_counts, fused=True)
 
     def numpy_counts():
@@ -77,7 +76,9 @@ def table_case(n, classes, rng):
         import torch
         from torchmetrics.functional.clustering import mutual_info_score as of_torch
 
-        xt, yt = torch.from_numpy(outputs), torch.from_numpy(labels).long()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        xt = torch.from_numpy(outputs).to(device)
+        yt = torch.from_numpy(labels).long().to(device)
         methods["torchmetrics"] = lambda: of_torch(xt.argmax(1), yt).item()
     if importlib.util.find_spec("infomeasure"):
         import infomeasure
@@ -92,7 +93,7 @@ def units_case(n, units, classes, rng):
     labels = rng.integers(0, classes, n).astype("int32")
     activations = rng.normal(size=(n, units)) + labels[:, None] * rng.normal(size=units)
     activations = np.maximum(activations, 0).astype("float32")
-    x = tf.constant(activations)
+    x = keras.ops.convert_to_tensor(activations)
     looped = min(units, LOOPED)
     edges = unit_readout.edges(x, np.ones(n, "float32"), BINS)
     ids = np.zeros((units, n), "int32")
@@ -136,7 +137,7 @@ def linear_case(n, features, classes, rng):
     labels = rng.integers(0, classes, n).astype("int32")
     centers = rng.normal(size=(classes, features)) * 2 / np.sqrt(features)
     activations = (centers[labels] + rng.normal(size=(n, features))).astype("float32")
-    x = tf.constant(activations)
+    x = keras.ops.convert_to_tensor(activations)
     readout = readouts.LinearReadout()
     width = readout.features(x[:2]).shape[-1]  # After the sketch.
     product = backend.jit(lambda a: keras.ops.matmul(keras.ops.transpose(a), a))
@@ -153,7 +154,8 @@ def linear_case(n, features, classes, rng):
     if features > 512:
         del methods["scikit-learn"]  # Minutes, and it has no sketch.
     # Other halves, another shrinkage: about the same, if it is the same readout.
-    return methods, ("product", lambda: product(x[:, :width]).numpy()), 0.15
+    a = x[:, :width]
+    return methods, ("product", lambda: keras.ops.convert_to_numpy(product(a))), 0.15
 
 
 CASES = {"table": table_case, "units": units_case, "linear": linear_case}
@@ -161,7 +163,7 @@ CASES = {"table": table_case, "units": units_case, "linear": linear_case}
 
 def one_pass(x):
     total = backend.jit(lambda a: keras.ops.sum(a))
-    return "pass", lambda: total(x).numpy()
+    return "pass", lambda: keras.ops.convert_to_numpy(total(x))
 
 
 def measure(kind, shape, rounds, rng):

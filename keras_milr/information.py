@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import digamma
 
 from keras_milr._arguments import check_integer
-from keras_milr.backend import is_symbolic
+from keras_milr.backend import class_sums, is_symbolic
 
 Array = Any  # an array or a tensor of any backend
 Correction = Literal["miller_madow", "grassberger"] | None
@@ -85,7 +85,7 @@ def _contingency_in_trace(a, b, num_a, num_b, sample_weight):
         inside = inside & (weight >= 0) & ops.isfinite(weight)
         weight = ops.where(inside, weight, 0.0)
     cells = ops.where(inside, a * num_b + b, 0)
-    counts = ops.segment_sum(weight, cells, num_segments=num_a * num_b)
+    counts = class_sums(weight, cells, num_a * num_b)
     return ops.reshape(counts, (num_a, num_b))
 
 

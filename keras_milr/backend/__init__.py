@@ -10,6 +10,8 @@ those after it where there is something special to the backend; else `plain` has
 - `jit(function, fused=False)`: the pure function, compiled; its Python arguments are
   constants. `fused` asks for one kernel, where the backend has another compiler for
   that; it pays for element-wise work on many numbers, and compiles anew for each shape.
+- `class_sums(values, ids, size)`: tensor of the sums of float32 `values` by their int32
+  ids in `[0, size)`; may be in a trace, where `size` is a Python number.
 - `bincount(ids, size, weights=None)`: NumPy array of how often each id in `[0, size)`
   occurs, or of the sums of its weights; not in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
@@ -84,6 +86,7 @@ def _special(name):
 
 
 buffers = _special("buffers")
+class_sums = _special("class_sums")
 copies = _special("copies")
 inference = _special("inference")
 module_modes = _special("module_modes")
@@ -129,6 +132,7 @@ def _libraries():
 __all__ = [
     "bincount",
     "buffers",
+    "class_sums",
     "compile_step",
     "copies",
     "fresh",

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_milr import information, targets
 from keras_milr._arguments import as_array, check_bool, check_integer, naming
+from keras_milr.backend import class_sums
 from keras_milr.readouts.result import Information
 
 _MOST_SURPRISE = 1e15  # nats
@@ -148,9 +149,7 @@ class Predictions:
         improper = ops.where(finite & ~proper, sample_weight, 0.0)
         classes = targets.num_classes(outputs.shape[-1])
         sums = self._counts(state, outputs, class_ids, sample_weight) | {
-            "surprise": ops.segment_sum(
-                sample_weight * surprise, class_ids, num_segments=classes
-            ),
+            "surprise": class_sums(sample_weight * surprise, class_ids, classes),
             "surprise_squared": ops.sum(sample_weight * surprise**2),
             "improper": ops.sum(improper),
         }
@@ -246,7 +245,7 @@ class Predictions:
             "none": ops.where(predicted == classes, sample_weight, 0.0),
         }
         return {
-            name: ops.segment_sum(weight, class_ids, num_segments=classes)
+            name: class_sums(weight, class_ids, classes)
             for name, weight in weights.items()
         }
 
