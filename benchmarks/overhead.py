@@ -70,12 +70,15 @@ class Turns:
         self.mine[self.following[name]].release()
 
 
-class Clock(keras.callbacks.Callback):
-    """Seconds of each turn, by epoch, whatever other callbacks do in it included."""
+class EpochClock(keras.callbacks.Callback):
+    """Seconds of each epoch, whatever other callbacks do in it included: a turn each.
 
-    def __init__(self, name, turns, batches):
+    It has no hook for batches: with one, Keras waits for the device after each of them.
+    """
+
+    def __init__(self, name, turns):
         super().__init__()
-        self.name, self.turns, self.batches = name, turns, batches
+        self.name, self.turns = name, turns
         self.seconds = [[]]
 
     def start(self):
@@ -87,23 +90,35 @@ class Clock(keras.callbacks.Callback):
         self.seconds[-1].append(now - self.since)
         self.since = now
 
+    def yield_turn(self):
+        self.turns.pass_on(self.name)
+        self.start()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.stop()
+        self.seconds.append([])
+        self.yield_turn()
+
+    def on_train_end(self, logs=None):
+        self.seconds.pop()  # The next epoch, which never came.
+
+
+class BatchClock(EpochClock):
+    """The same of turns of a few batches."""
+
+    def __init__(self, name, turns, batches):
+        super().__init__(name, turns)
+        self.batches = batches
+
     def on_train_batch_end(self, batch, logs=None):
         last = min(batch + 1, self.params["steps"])
         if last // self.batches > self.done:  # Several steps may be done at once.
             self.done = last // self.batches
             self.stop()
-            self.turns.pass_on(self.name)
-            self.start()
+            self.yield_turn()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.done = 0
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.stop()
-        self.seconds.append([])
-
-    def on_train_end(self, logs=None):
-        self.seconds.pop()  # The next epoch, which never came.
 
 
 class Timed(keras_milr.MutualInformationLR):
@@ -198,7 +213,9 @@ def load(name, samples):
 def run_variant(setting, name, turns, arguments, results):
     """In a process of its own: warms up, waits for its turns, sends what it found."""
     try:
-        clock = Clock(name, turns, arguments.turn)
+        clock = EpochClock(name, turns)
+        if arguments.turn:
+            clock = BatchClock(name, turns, arguments.turn)
         x, y = load(arguments.dataset, arguments.samples)
         clock.start()
         # The backend's own first steps, which are no part of any variant.
@@ -301,7 +318,12 @@ def main():
     parser.add_argument("--probe-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turn", type=int, default=20, help="batches in a turn")
+    parser.add_argument(
+        *("--turn",),
+        type=int,
+        default=20,
+        help="batches in a turn; 0 for an epoch, so that a GPU is not waited for",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="the CNN on digits, one round"
     )

@@ -51,6 +51,11 @@ def _tensor(x):
     return keras.ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
 
 
+def class_sums(values, ids, size):
+    # Keras' segment sum does the same in a dozen steps.
+    return torch.zeros(size, device=ids.device).index_add_(0, ids, values)
+
+
 def bincount(ids, size, weights=None):
     weights = None if weights is None else torch.as_tensor(weights, device=ids.device)
     return torch.bincount(ids, weights, size).cpu().numpy()
