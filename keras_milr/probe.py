@@ -104,10 +104,18 @@ class Probe:
             return new, features
 
         self._step = backend.compile_step(model, step)
+        self._empty = self._empty_state()
         self._chances = [keras.ops.convert_to_tensor(a) for a in chances]
 
     def measure(self) -> tuple[Information, list[Information]]:
         """One reading of the model as it is now: of the outputs, and of each group."""
+        state, parts = self._empty, []
+        for batch in self._batches:
+            state, features = self._step(state, *batch, self._chances)
+            parts.append(features)
+        return self._finish(state), self._read(parts) if self._groups else []
+
+    def _empty_state(self):
         zero = np.zeros((), "float32")
         state = [
             {
@@ -117,12 +125,7 @@ class Probe:
             }
             for one, readout in zip(self._labels, self._readouts, strict=True)
         ]
-        state = keras.tree.map_structure(keras.ops.convert_to_tensor, state)
-        parts = []
-        for batch in self._batches:
-            state, features = self._step(state, *batch, self._chances)
-            parts.append(features)
-        return self._finish(state), self._read(parts) if self._groups else []
+        return keras.tree.map_structure(keras.ops.convert_to_tensor, state)
 
     def _finish(self, state) -> Information:
         infos, details, accuracies, self.finite = [], {}, [], True

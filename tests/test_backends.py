@@ -347,6 +347,83 @@ def test_a_sampler_that_cannot_be_copied_is_said(digits):
         assert backend.fresh(given) is given
 
 
+# ------------------------------------------------------------ as a GPU has things
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (5_000, 2), (30_000, 2), (5_000, 400)])
+def test_sums_by_class(n, size):
+    """Few and many values to a sum, which are added up in different ways on a GPU."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, size, n).astype("int32")
+    values = rng.integers(1, 4, n).astype("float32")
+    expected = np.bincount(ids, values, size)
+    tensors = [keras.ops.convert_to_tensor(a) for a in (values, ids)]
+    found = backend.jit(backend.class_sums)(*tensors, size)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), expected)
+    np.testing.assert_array_equal(backend.bincount(tensors[1], size, values), expected)
+    expected = np.bincount(ids, minlength=size)
+    np.testing.assert_array_equal(backend.bincount(tensors[1], size), expected)
+
+
+@pytest.mark.backends("jax", reason="it chooses by the platform")
+def test_sums_by_class_as_on_a_gpu(monkeypatch):
+    import jax
+
+    ids = np.random.default_rng(0).integers(0, 9, 500).astype("int32")
+    values = jax.numpy.linspace(1.0, 2.0, 500)
+    on_cpu = backend.class_sums(values, jax.numpy.asarray(ids), 9)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lowered = jax.jit(backend.class_sums, static_argnums=2).lower(values, ids, 9)
+    assert "scatter" not in lowered.as_text()
+    found = lowered.compile()(values, ids)
+    np.testing.assert_allclose(found, on_cpu, rtol=1e-6)
+
+
+@pytest.mark.backends("torch", reason="it alone refuses")
+@pytest.mark.parametrize("layers", [None, "all"])
+def test_no_tensor_is_taken_for_an_array(digits, layers, monkeypatch):
+    """PyTorch gives a tensor of a GPU to NumPy only when asked to fetch it."""
+    import torch
+
+    fetch = torch.Tensor.__array__
+
+    def refuse(tensor, *args, **kwargs):
+        # Keras fetches it before, which is nothing to do on a CPU.
+        if sys._getframe(1).f_code.co_name == "transform":
+            return fetch(tensor, *args, **kwargs)
+        raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    monkeypatch.setattr(torch.Tensor, "__array__", refuse)
+    with pytest.raises(TypeError, match="cuda:0"):
+        np.asarray(torch.zeros(2))
+    x, y = digits[0].reshape(-1, 8, 8, 1), digits[1]
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(64, 3, padding="same", activation="relu"),  # Sketched.
+            keras.layers.Conv2D(3, 2, strides=2),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, "softmax"),
+        ]
+    )
+    optimizer = keras.optimizers.Adam()
+    if layers:
+        optimizer = keras_milr.LayerwiseOptimizer(optimizer)
+    model.compile(
+        *(optimizer, "sparse_categorical_crossentropy"),
+        metrics=[keras_milr.MutualInformation()],
+    )
+    callback = keras_milr.MutualInformationLR(
+        *("decay", (x, y), 500, layers),
+        learning_rate=None if layers else "auto",
+    )
+    model.fit(x[:500], y[:500], epochs=2, verbose=0, callbacks=[callback])
+    assert len(callback.history) == 3
+    readout = keras_milr.readouts.UnitHistogram()
+    assert readout.measure(x.reshape(-1, 64), y, 10).value > 0
+
+
 # --------------------------------------------------------------- modules of PyTorch
 
 

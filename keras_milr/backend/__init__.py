@@ -12,6 +12,7 @@ those after it where there is something special to the backend; else `plain` has
   that; it pays for element-wise work on many numbers, and compiles anew for each shape.
 - `class_sums(values, ids, size)`: tensor of the sums of float32 `values` by their int32
   ids in `[0, size)`; may be in a trace, where `size` is a Python number.
+- `to_numpy(arrays)`: a dict of arrays or tensors as NumPy, fetched all at once.
 - `bincount(ids, size, weights=None)`: NumPy array of how often each id in `[0, size)`
   occurs, or of the sums of its weights; not in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
@@ -95,6 +96,7 @@ of_first_worker = _special("of_first_worker")
 on_several_workers = _special("on_several_workers")
 shards = _special("shards")
 split = _special("split")
+to_numpy = _special("to_numpy")
 
 
 @contextlib.contextmanager
@@ -148,4 +150,5 @@ __all__ = [
     "own_random_state",
     "shards",
     "split",
+    "to_numpy",
 ]

@@ -9,6 +9,10 @@ def class_sums(values, ids, size):
     return keras.ops.segment_sum(values, ids, num_segments=size)
 
 
+def to_numpy(arrays):
+    return {k: keras.ops.convert_to_numpy(a) for k, a in arrays.items()}
+
+
 def shards():
     return 1
 

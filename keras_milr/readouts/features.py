@@ -1,5 +1,8 @@
 """Activations of any shape → a few numbers for each sample."""
 
+import itertools
+import math
+
 import keras
 import numpy as np
 
@@ -41,8 +44,7 @@ def pooled(activations, cells: int):
             if size is None or cells == 1:
                 x = ops.mean(x, axis=axis, keepdims=True)
             elif size > cells:
-                x = ops.tensordot(x, _cells(size, cells), axes=(axis, 0))
-                x = ops.moveaxis(x, -1, axis)
+                x = _averaged(x, axis, cells)
         parts.append(ops.reshape(x, (-1, int(np.prod(x.shape[1:])))))
     if len({x.shape[0] for x in parts} - {None}) > 1:
         raise ValueError(
@@ -67,9 +69,17 @@ def sketched(features, size: int, seed: int):
     each = -(-width // size)
     signs = rng.choice(np.array([-1, 1], "float32"), width)
     order = rng.permutation(each * size)
-    features = ops.pad(features * signs, ((0, 0), (0, each * size - width)))
+    features = ops.multiply(features, signs)  # `*` takes no array on a GPU.
+    features = ops.pad(features, ((0, 0), (0, each * size - width)))
     features = ops.take(features, order, axis=-1)
     return ops.sum(ops.reshape(features, (-1, size, each)), axis=-1)
+
+
+def widened(features, least: int = 64):
+    """The features and zeros, up to a power of two, so that few widths are compiled."""
+    width = features.shape[-1]
+    missing = max(least, 1 << (width - 1).bit_length()) - width
+    return keras.ops.pad(features, ((0, 0), (0, missing))) if missing else features
 
 
 def finite(features):
@@ -77,9 +87,24 @@ def finite(features):
     return keras.ops.abs(features) < _HUGE  # False for NaN
 
 
-def _cells(size: int, cells: int) -> np.ndarray:
-    """Matrix `(size, cells)` that averages an axis in cells of (almost) equal size."""
-    edges = np.linspace(0, size, cells + 1)
-    lower = np.maximum(np.arange(size)[:, None], edges[None, :-1])
-    upper = np.minimum(np.arange(1, size + 1)[:, None], edges[None, 1:])
-    return (np.maximum(upper - lower, 0) * cells / size).astype("float32")
+def _averaged(x, axis: int, cells: int):
+    """Means over cells of equal size, which may have parts of a position in common.
+
+    Sums, not a matrix product: on many a GPU its factors are rounded to 10 bits.
+    """
+    ops = keras.ops
+    shape, size = tuple(x.shape), x.shape[axis]
+    if size % cells == 0:
+        rows = -1 if shape[0] is None else shape[0]
+        inner = (*shape[1:axis], cells, size // cells, *shape[axis + 1 :])
+        return ops.mean(ops.reshape(x, (rows, *inner)), axis=axis + 1)
+    parts = []
+    for lower, upper in itertools.pairwise(np.linspace(0, size, cells + 1)):
+        first, last = int(lower), min(math.ceil(upper), size)
+        at = np.arange(first, last)
+        share = np.minimum(at + 1, upper) - np.maximum(at, lower)
+        share = (share / share.sum()).astype("float32")
+        share = share.reshape(-1, *[1] * (len(shape) - axis - 1))
+        part = x[(slice(None),) * axis + (slice(first, last),)]
+        parts.append(ops.sum(ops.multiply(part, share), axis=axis))
+    return ops.stack(parts, axis=axis)

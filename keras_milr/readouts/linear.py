@@ -79,7 +79,7 @@ class LinearReadout(LayerReadout):
                 of which are read together.
         """
         pooled = feature.pooled(activations, _CELLS)
-        return feature.sketched(pooled, self.sketch, self.seed)
+        return feature.widened(feature.sketched(pooled, self.sketch, self.seed))
 
     def get_config(self) -> dict:
         return {"sketch": self.sketch, "seed": self.seed}

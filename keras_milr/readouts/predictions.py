@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_milr import information, targets
 from keras_milr._arguments import as_array, check_bool, check_integer, naming
-from keras_milr.backend import class_sums
+from keras_milr.backend import class_sums, to_numpy
 from keras_milr.readouts.result import Information
 
 _MOST_SURPRISE = 1e15  # nats
@@ -395,9 +395,8 @@ def scaled(state: dict, scale: float = 1.0) -> dict:
     """A state as float64 NumPy, as if all weights had been multiplied by `scale`."""
     extremes = ("lowest", "highest")
     return {
-        name: keras.ops.convert_to_numpy(value).astype("float64")
-        * (1.0 if name in extremes else scale)
-        for name, value in state.items()
+        name: value.astype("float64") * (1.0 if name in extremes else scale)
+        for name, value in to_numpy(state).items()
     }
 
 

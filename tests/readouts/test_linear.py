@@ -241,7 +241,8 @@ class TestInvariance:
         x, _ = layer(width=513)
         assert LinearReadout().features(x).shape == (1000, 256)
         assert LinearReadout().features(x[:, :512]).shape == (1000, 512)
-        assert LinearReadout(sketch=300).features(x).shape == (1000, 513)
+        assert LinearReadout(sketch=300).features(x).shape == (1000, 1024)  # Zeros.
+        assert LinearReadout().features(x[:, :3]).shape == (1000, 64)
         assert LinearReadout().features([x[:, :300], x[:, :300]]).shape == (1000, 256)
 
 
