@@ -47,6 +47,7 @@ format: $(READY)
 # should run beside it.
 bench: $(READY)
 	$(BIN)/python benchmarks/estimators.py
+	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/overhead.py
 
@@ -54,6 +55,7 @@ bench: $(READY)
 bench-quick: $(READY)
 	rm -rf results/quick
 	$(BIN)/python benchmarks/estimators.py --quick --rounds 7 $(QUICK)/estimators.json
+	$(BIN)/python benchmarks/counting.py --quick $(QUICK)/counting.json
 	$(BIN)/python benchmarks/optimizer_step.py --rounds 30 $(QUICK)/optimizer_step.json
 	$(BIN)/python benchmarks/overhead.py --quick $(QUICK)/overhead.json
 	$(BIN)/python benchmarks/schedules.py --workloads digits --seeds 0 1 \

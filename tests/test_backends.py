@@ -1,5 +1,6 @@
 """What the backends of Keras must have in common, and what is special about one."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -29,6 +30,15 @@ def python(script, **environment):
 
 
 # ------------------------------------------------------------------ the same values
+
+
+def full_precision():
+    """Context in which a model on a GPU of JAX computes in float32 throughout."""
+    if keras.backend.backend() != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.default_matmul_precision("float32")
 
 
 @pytest.mark.supports("Backends", "readings as plain NumPy's")
@@ -66,7 +76,8 @@ def test_readings_are_those_of_plain_numpy(digits):
     sample = sampling.draw_sample((images[..., None], y), model, 10_000)
     groups = layers.choose(model, ["conv", "hidden"])
     measuring = probe.Probe(model, sample, Predictions(), groups, LinearReadout())
-    output, by_layer = measuring.measure()
+    with full_precision():
+        output, by_layer = measuring.measure()
 
     predicted, entropy = p.argmax(axis=1), reference.entropy(np.bincount(y))
     table = reference.contingency(predicted, y, 10, 10)
