@@ -66,7 +66,7 @@ def class_sums(values, ids, size):
         return torch.bincount(ids, values, size)
     # Keras' segment sum does the same in a dozen steps.
     empty = torch.zeros(size, dtype=values.dtype, device=ids.device)
-    return empty.index_add_(0, ids, values)
+    return torch.index_add(empty, 0, ids, values)
 
 
 def bincount(ids, size, weights=None):

@@ -93,11 +93,10 @@ def _averaged(x, axis: int, cells: int):
     Sums, not a matrix product: on many a GPU its factors are rounded to 10 bits.
     """
     ops = keras.ops
-    shape, size = tuple(x.shape), x.shape[axis]
+    shape, size = ops.shape(x), x.shape[axis]
     if size % cells == 0:
-        rows = -1 if shape[0] is None else shape[0]
-        inner = (*shape[1:axis], cells, size // cells, *shape[axis + 1 :])
-        return ops.mean(ops.reshape(x, (rows, *inner)), axis=axis + 1)
+        blocks = (*shape[:axis], cells, size // cells, *shape[axis + 1 :])
+        return ops.mean(ops.reshape(x, blocks), axis=axis + 1)
     parts = []
     for lower, upper in itertools.pairwise(np.linspace(0, size, cells + 1)):
         first, last = int(lower), min(math.ceil(upper), size)

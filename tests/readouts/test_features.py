@@ -59,14 +59,18 @@ class TestPooled:
         np.testing.assert_array_equal(pooled(x, 4), x.reshape(6, -1))
 
     @pytest.mark.backends("tensorflow", reason="others know all shapes")
-    def test_unknown_axes_of_a_graph(self):
-        signature = [tf.TensorSpec((None, None, 10, 3), tf.float32)]
-        pooled = tf.function(lambda x: features.pooled(x, 4), signature)
-        assert pooled.get_concrete_function().output_shapes == (None, 12)
-        for length in (3, 11):
-            x = normal(5, length, 10, 3)
-            expected = reference.averaged(x.mean(axis=1), 1, 4).reshape(5, -1)
-            np.testing.assert_allclose(pooled(x), expected, atol=1e-6)
+    @pytest.mark.parametrize("size", [8, 10])  # Cells divide it, or do not.
+    def test_unknown_axes_of_a_graph(self, size):
+        x = [normal(5, length, size, 3) for length in (3, 11)]
+        for swap in (False, True):
+            shape = (None, size, None, 3) if swap else (None, None, size, 3)
+            signature = [tf.TensorSpec(shape, tf.float32)]
+            compiled = tf.function(lambda x: features.pooled(x, 4), signature)
+            assert compiled.get_concrete_function().output_shapes == (None, 12)
+            for one in x:
+                expected = reference.averaged(one.mean(axis=1), 1, 4).reshape(5, -1)
+                found = compiled(one.swapaxes(1, 2) if swap else one)
+                np.testing.assert_allclose(found, expected, atol=1e-6)
 
     def test_lists_end_side_by_side(self):
         image, vector, single = normal(5, 8, 8, 2), normal(5, 3), normal(5)
