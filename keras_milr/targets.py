@@ -488,6 +488,8 @@ def _adds_up(rows):
 
 
 def _numbers(labels) -> np.ndarray:
+    if keras.ops.is_tensor(labels):  # Which may be on another device.
+        labels = keras.ops.convert_to_numpy(labels)
     labels = np.asarray(labels)
     if labels.dtype.kind not in "biuf":
         raise ValueError(

@@ -432,7 +432,8 @@ def test_no_tensor_is_taken_for_an_array(digits, layers, monkeypatch):
     model.fit(x[:500], y[:500], epochs=2, verbose=0, callbacks=[callback])
     assert len(callback.history) == 3
     readout = keras_milr.readouts.UnitHistogram()
-    assert readout.measure(x.reshape(-1, 64), y, 10).value > 0
+    labels = torch.as_tensor(y)
+    assert readout.measure(x.reshape(-1, 64), labels, 10).value > 0
 
 
 # --------------------------------------------------------------- modules of PyTorch
