@@ -7,12 +7,12 @@ many sums:
 
 - `vector`: weights of n samples by their class;
 - `table`: weights of n samples by (predicted class, label);
-- `units`: how many of n samples fall in each (bin, label) of each unit. In place of the
-  segment sum there is the backend's own `bincount` too, which is what readings use.
+- `units`: how many of n samples fall in each (bin, label) of each unit. Here readings
+  use `backend.bincount`, which fetches the result.
 
 Calls are queued and waited for together, as in a training; seconds are those of one
-call. Sums that differ fail the benchmark. Prints ratios to the way that readings go,
-and how far this is from one pass over what has to be read; writes JSON.
+call. Sums that differ fail the benchmark. Prints the time of each way, the bytes that
+have to be read over that time, and the ratios of what readings use; writes JSON.
 
     python benchmarks/counting.py
     KERAS_BACKEND=jax python benchmarks/counting.py
@@ -37,7 +37,7 @@ SHAPES = {
 }
 SHAPES["table"] += [(1_000_000, 100), (1_000_000, 1_000)]
 QUICK = {"vector": [(256, 10)], "table": [(256, 10)], "units": [(2_048, 64, 10)]}
-LARGEST = 2**31  # numbers that a way may have to write; beyond, it is left out
+LARGEST = 2**29  # numbers that a way may have to write; beyond, it is left out
 
 
 def segment_sum(values, ids, size):
@@ -131,7 +131,7 @@ def queued(ways, arguments):
     """Calls of the compiled ways, of those that fit into memory."""
     calls = {}
     for name, (way, numbers) in ways.items():
-        if numbers <= LARGEST // 4:
+        if numbers <= LARGEST:
             compiled = backend.jit(way)
             calls[name] = lambda compiled=compiled: compiled(*arguments)
     return calls
@@ -173,11 +173,10 @@ def ratios_of(cases):
     found = {}
     for case in cases:
         ours = "bincount" if case["kind"] == "units" else "class_sums"
-        shape = " × ".join(f"{size:,}" for size in case["shape"])
         for name, seconds in case["seconds"].items():
             if name != ours:
                 each = np.array(case["seconds"][ours]) / np.array(seconds)
-                key = f"{case['kind']} {shape}, {ours} / {name}"
+                key = f"{report.title(case)}, {ours} / {name}"
                 found[key] = report.quartiles(each)
     return found
 
@@ -185,8 +184,7 @@ def ratios_of(cases):
 def print_seconds(cases):
     print(f"\n{'microseconds of a call':<36}{'GB/s of what must be read':>28}")
     for case in cases:
-        shape = " × ".join(f"{size:,}" for size in case["shape"])
-        print(f"{case['kind']} {shape}")
+        print(report.title(case))
         for name, seconds in case["seconds"].items():
             median = float(np.median(seconds))
             rate = case["bytes_to_read"] / median / 1e9
@@ -205,13 +203,7 @@ def main():
     arguments = parser.parse_args()
 
     shapes = QUICK if arguments.quick else SHAPES
-    cases = []
-    bar = keras.utils.Progbar(sum(map(len, shapes.values())), unit_name="shape")
-    for kind, sizes in shapes.items():
-        for shape in sizes:
-            rng = np.random.default_rng(arguments.seed)
-            cases.append(measure(kind, shape, arguments.rounds, rng))
-            bar.add(1)
+    cases = report.measured(shapes, measure, arguments)
     ratios = ratios_of(cases)
     print_seconds(cases)
     report.print_ratios("time of what readings use over another way", ratios)

@@ -20,7 +20,7 @@ Values that should be the same must be, or the benchmark fails. Prints medians o
 ratios over rounds, writes JSON and a figure.
 
     python benchmarks/estimators.py
-    python benchmarks/estimators.py --quick
+    KERAS_BACKEND=jax python benchmarks/estimators.py --quick
 """
 
 import argparse
@@ -203,11 +203,10 @@ def ratios_of(cases):
     found = {}
     for case in cases:
         ours = np.array(case["seconds"]["keras_milr"])
-        shape = " × ".join(f"{size:,}" for size in case["shape"])
         for name, seconds in case["seconds"].items():
             if name != "keras_milr":
                 each = ours / np.array(seconds)
-                found[f"{case['kind']} {shape}, ours / {name}"] = report.quartiles(each)
+                found[f"{report.title(case)}, ours / {name}"] = report.quartiles(each)
     return found
 
 
@@ -290,13 +289,7 @@ def main():
     shapes = {"table": TABLE, "units": UNITS, "linear": LINEAR}
     if arguments.quick:
         shapes = QUICK
-    todo = [(kind, shape) for kind in shapes for shape in shapes[kind]]
-    cases = []
-    bar = keras.utils.Progbar(len(todo), unit_name="shape")
-    for kind, shape in todo:
-        rng = np.random.default_rng(arguments.seed)
-        cases.append(measure(kind, shape, arguments.rounds, rng))
-        bar.add(1)
+    cases = report.measured(shapes, measure, arguments)
     ratios = ratios_of(cases)
     report.print_ratios("time of ours over that of another", ratios)
     report.write(arguments.output, arguments, ratios, cases=cases)

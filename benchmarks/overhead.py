@@ -9,8 +9,9 @@ and 100 layers) and in how `fit` compiles and runs its steps.
 
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
 each in a process of its own, take turns, a few batches each, and each is timed in its
-turns only: a disturbance hits all alike. Even so a machine may stall for longer than
-an epoch takes, and a stall only ever adds. So the time of an epoch is put together
+turns only: a disturbance hits all alike. On a GPU a turn should be an epoch, by
+`--turn 0`. Even so a machine may stall for longer than an epoch takes, and a stall only
+ever adds. So the time of an epoch is put together
 turn by turn, from the fastest of each turn over the rounds (and, after the first
 epoch, which compiles, over the epochs). The quartiles are those of the same sums over
 1,000 bootstrap samples of the rounds and epochs.

@@ -42,6 +42,22 @@ def write(path, arguments, ratios, **data):
     print(f"\nJSON: {path}")
 
 
+def measured(shapes, measure, arguments) -> list:
+    """What `measure(kind, shape, rounds, rng)` found for each shape of each kind."""
+    todo = [(kind, shape) for kind in shapes for shape in shapes[kind]]
+    bar, found = keras.utils.Progbar(len(todo), unit_name="shape"), []
+    for kind, shape in todo:
+        rng = np.random.default_rng(arguments.seed)
+        found.append(measure(kind, shape, arguments.rounds, rng))
+        bar.add(1)
+    return found
+
+
+def title(case) -> str:
+    """Kind and shape of what `measured` returns."""
+    return f"{case['kind']} " + " × ".join(f"{size:,}" for size in case["shape"])
+
+
 def memory(field="VmRSS") -> int | None:
     """Bytes that this process holds, or held at most (`VmHWM`); None but on Linux."""
     try:

@@ -73,8 +73,8 @@ def contingency(
 
 
 def _contingency_in_trace(a, b, num_a, num_b, sample_weight):
-    # A segment sum, not `bincount`: XLA compiles it once, whatever the data, and
-    # unlike a matrix product it is exact for weights at any matmul precision.
+    # Not `bincount`, which XLA compiles anew for all data, nor a matrix product, which
+    # rounds weights at a low precision.
     ops = keras.ops
     a, b = ops.cast(a, "int32"), ops.cast(b, "int32")
     inside = (a >= 0) & (a < num_a) & (b >= 0) & (b < num_b)

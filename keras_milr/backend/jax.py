@@ -39,7 +39,7 @@ def class_sums(values, ids, size):
     # values, and up to this limit about as fast elsewhere.
     if jax.default_backend() == "gpu" and ids.shape[0] * size <= 2**28:
         same = ids[:, None] == jax.numpy.arange(size)
-        return jax.numpy.sum(jax.numpy.where(same, values[:, None], 0.0), axis=0)
+        return jax.numpy.sum(jax.numpy.where(same, values[:, None], 0), axis=0)
     return jax.ops.segment_sum(values, ids, size)
 
 
@@ -55,7 +55,7 @@ def bincount(ids, size, weights=None):
 def _bincount(ids, weights, size):
     # Three times as fast as `jax.numpy.bincount` on a CPU, and exact for whole counts.
     ones = jax.numpy.ones_like(ids) if weights is None else weights
-    return jax.ops.segment_sum(ones, ids, size)
+    return class_sums(ones, ids, size)
 
 
 def compile_step(model, step):
