@@ -35,10 +35,13 @@ from keras_milr.range_test import LRRange, lr_range_test
 from keras_milr.rollback import MOST, Rollback
 from keras_milr.state import State, resuming
 from keras_milr.targets import check_kind
+from keras_milr.untouched import has_statistics
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _INFORMATION = readouts.Information._fields
 _NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
+_LEAST_PART = 20  # batches from one reading of the first epoch to the next
+_GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -353,6 +356,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         # readings after epochs ours only keeps count; in batches, order matters.
         self.async_safe = per_epoch
         self._policy = policies.get(policy)
+        early = getattr(self._policy, "early_readings", 0)
+        check_integer("policy.early_readings", early, at_least=0)
         self._sample = None
         # What is measured: one of the two while `fit` runs.
         self._probe = None
@@ -376,6 +381,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._overruled = company.Overruled()
         self.lr_range = None
         self._batches_behind = _keras.batches_behind(self.model)
+        self._batches_at_once = self.model.steps_per_execution
+        self._length = self._planned("steps")  # Of an epoch, in batches.
+        self._glided = None
         if ignored := backend.ignored_distribution():
             warnings.warn(
                 f"MutualInformationLR: {ignored} means nothing to Keras on the backend "
@@ -425,7 +433,31 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._resume(epoch)
             else:
                 self._start(epoch)
+        self._parts, self._part = self._parts_of(epoch), 0
         self._note_state(epoch)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # All that is done within an epoch is done here, if it can be: before it calls
+        # the hook at the end of a batch, Keras waits for the device.
+        per_epoch = self.update_freq == "epoch"
+        length = self._length if per_epoch else self.update_freq
+        if length is None:
+            return
+        done = min(batch if per_epoch else self._since_reading, length - 1)
+        if self._parts * done // length > self._part:
+            self._part += 1
+            self._batch = batch
+            self._update({}, mid_epoch=True, passed=done / length)
+            self._note_state(self._epoch)
+        if not self._controller.glides:
+            return
+        steps = min(_GLIDE_STEPS, -(-length // self._batches_at_once))
+        step = len(self.history), steps * done // length
+        if step != self._glided:
+            self._glided = step
+            rates.base_rate(self.model)  # On JAX, see `rates`.
+            if self._controller.glide((step[1] + 0.5) / steps):
+                self._overruled.set(rates.base_rate(self.model))
 
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
@@ -458,6 +490,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._table.end_epoch(logs)
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
+        self._length = self._planned("steps") or self._batch or None
         if self.update_freq == "epoch":
             if self.layers is None:
                 self._overruled.trained_at(base)
@@ -673,12 +706,32 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.verbose > 0:
             _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
-    def _update(self, logs, mid_epoch=False):
-        """Takes a reading and sets the next rates."""
+    def _parts_of(self, epoch):
+        """Into how many parts readings divide an epoch: more than 1 for the first only.
+
+        There they find out whether the rate is far too low, which nobody needs where a
+        range test has found it. Averages of normalisation lag behind, and make any
+        rate look too low.
+        """
+        early = getattr(self._policy, "early_readings", 0)
+        if self._probe is None or self.update_freq != "epoch" or self._is_auto():
+            early = 0
+        if epoch != self._first_epoch or has_statistics(self.model):
+            early = 0
+        return min(early + 1, (self._length or 0) // _LEAST_PART) or 1
+
+    def _update(self, logs, mid_epoch=False, passed=None):
+        """Takes a reading and sets the next rates.
+
+        Args:
+            logs: Logs of the epoch.
+            mid_epoch: Whether it goes on afterwards.
+            passed: Share of the first epoch, for a reading within it.
+        """
         infos = self._measure(mid_epoch)
         if infos is None:
             return
-        reading = self._controller.read(infos)
+        reading = self._controller.read(infos, passed)
         self._record(reading, infos)
         if self.rollback:
             if self._rollback is None:
@@ -693,7 +746,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 infos,
                 loss,
                 raised=self._controller.tries(),
-                explores=self._controller.explores(),
+                explores=self._controller.explores() and passed is None,
             )
             if failure is not None:
                 self._roll_back(reading, failure)
@@ -706,8 +759,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             if names:
                 each = zip(names, new, strict=True)
                 what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
+            verb = "lowering" if self._controller.glides else "setting"
             _print(
-                f"\nEpoch {self._epoch + 1}: MutualInformationLR setting learning "
+                f"\nEpoch {self._epoch + 1}: MutualInformationLR {verb} learning "
                 f"{what}."
             )
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras_milr._arguments import LARGEST
 from keras_milr.policies import Reading
 
-_ARRAYS = ("start", "peak", "previous", "best")
+_ARRAYS = ("start", "peak", "previous", "latest", "best")
 
 
 class Controller:
@@ -40,9 +40,10 @@ class Controller:
         if state is None:
             self._start = self._peak = rates.get()
             check_bounds(self._start, min_lr, max_lr)
-            self._previous = self._best = None
+            self._previous = self._latest = self._best = None
             self._step, self._rollbacks = -1, 0
             self._before = None  # The rates before a raise, until it is judged.
+            self._glide = None  # From where to where, and where we were last.
         else:
             for name in _ARRAYS:
                 setattr(self, f"_{name}", self._numbers(state, name))
@@ -51,12 +52,16 @@ class Controller:
             )
             raised = state["before"] is not None
             self._before = self._numbers(state, "before") if raised else None
+            self._glide = None
+            if state["glide"] is not None:
+                ends = dict(zip(("from", "to", "at"), state["glide"], strict=True))
+                self._glide = tuple(self._numbers(ends, name) for name in ends)
 
     def state(self) -> dict:
         """What a policy is told, as far as it cannot be measured again."""
         arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
         numbers = {"step": self._step, "rollbacks": self._rollbacks}
-        return arrays | numbers | {"before": self._before}
+        return arrays | numbers | {"before": self._before, "glide": self._glide}
 
     def _numbers(self, state, name):
         """An array of a state that may be forged."""
@@ -73,16 +78,23 @@ class Controller:
         """Whether the policy has raised a rate last, to see what comes of it."""
         return self.explores() and self._before is not None
 
-    def read(self, infos) -> Reading:
-        """The reading that a policy is handed; `infos` has an entry for each rate.
+    def read(self, infos, passed: float | None = None) -> Reading:
+        """The reading that a policy is handed.
 
         The first call is from before the training.
+
+        Args:
+            infos: An `Information` for each rate.
+            passed: Share of the epoch that has passed, for a reading within the first
+                one. Defaults to `None`, for all others.
         """
-        self._step += 1
+        self._step += 1 if passed is None else 0
+        self.glide(1.0)
+        self._glide = None
         rate = self.rates.get()
         information = np.array([info.accessible for info in infos])
-        if self._step == 0:
-            self._previous = self._best = information
+        if self._step == 0 and passed is None:
+            self._previous = self._latest = self._best = information
         self._peak = np.maximum(self._peak, rate)
         self._best = np.maximum(self._best, information)
         reading = Reading(
@@ -90,11 +102,11 @@ class Controller:
             start_rate=self._start,
             peak_rate=self._peak,
             information=information,
-            previous=self._previous,
+            previous=self._previous if passed is None else self._latest,
             best=self._best,
             reference=np.array([self._reference_of(info) for info in infos]),
             noise=np.array([self._noise(info) for info in infos]),
-            step=self._step,
+            step=self._step if passed is None else self._step + passed,
             steps=self._steps,
             rollbacks=self._rollbacks,
         )
@@ -102,7 +114,9 @@ class Controller:
             if isinstance(value, np.ndarray):
                 # A policy that computes in place would change what it is compared with.
                 value.setflags(write=False)
-        self._previous = information
+        self._latest = information
+        if passed is None:
+            self._previous = information
         return reading
 
     def decide(self, reading) -> np.ndarray:
@@ -126,14 +140,48 @@ class Controller:
         return self._clipped(rates)
 
     def act(self, reading) -> np.ndarray | None:
-        """Sets the rates that the policy decides on; None where nothing changes."""
+        """Sets the rates that the policy decides on; None where nothing changes.
+
+        Of a policy that glides, lower rates are those of the next reading. Until
+        `glide` tells how far that is, they are half-way.
+        """
         rates = self.decide(reading)
         new, old = rates.astype("float32"), reading.rate.astype("float32")
         self._before = reading.rate if np.any(new > old) else None
         if np.array_equal(new, old):
             return None
+        before = self.rates.own()
         self.rates.set(rates)
+        if getattr(self._policy, "glides", False):
+            after = self.rates.own()
+            self._glide = np.maximum(before, after), after, after
+            self.glide(0.5)
         return rates
+
+    @property
+    def glides(self) -> bool:
+        """Whether rates are on their way to those of the next reading."""
+        return self._glide is not None
+
+    def glide(self, share: float) -> bool:
+        """Moves rates on their way to those of the next reading.
+
+        Args:
+            share: How much of the way shall be behind them.
+
+        Returns:
+            Whether they are on their way. Where somebody else has set them they are
+            not any more.
+        """
+        if self._glide is None:
+            return False
+        start, end, at = self._glide
+        if not np.array_equal(self.rates.own(), at):
+            self._glide = None
+            return False
+        self.rates.set_own(end if share == 1 else start + share * (end - start))
+        self._glide = start, end, self.rates.own()
+        return True
 
     def roll_back(self, infos, reading, factor: float | None) -> np.ndarray:
         """Lowers the rates after a training that failed, and sets them.
@@ -152,7 +200,7 @@ class Controller:
         # as lowered.
         self._peak = self.rates.get()
         self._previous = np.array([info.accessible for info in infos])
-        self._best = self._previous
+        self._latest = self._best = self._previous
         return rates
 
     def _clipped(self, rates):

@@ -11,6 +11,11 @@ with it, `MutualInformationLR(rollback=True)` then goes back to the weights befo
 `keras_milr.rollback.fell`. So it does where much of it stays lost. `ReferenceLevel`
 and `ThresholdDecay` are such policies.
 
+One whose attribute `early_readings` is above 0 is shown as many readings within the first
+epoch, of a probe: a rate that is far too low is then raised before the epoch is lost.
+One whose attribute `glides` is true says with a rate below the present one where the
+rate shall be at the next reading: it gets there step by step, instead of at once.
+
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
 relative to a reference measure. `RelativeChange` and `ReferenceLevel` are of these two
@@ -35,12 +40,15 @@ class Reading(NamedTuple):
         start_rate: The rates at the beginning of the training.
         peak_rate: The highest rates so far.
         information: The accessible information now, nats.
-        previous: The same at the previous reading.
+        previous: The same an epoch (or `update_freq` batches) ago; within the first
+            epoch, at the reading before.
         best: The largest so far, this reading included.
         reference: What `information` is measured against, nats; H(Y) by default.
         noise: Standard error of a change of the information, nats. A change up to
             this size means nothing.
-        step: Number of this reading: 1 for the first after training has begun.
+        step: Number of this reading: 1 for the one after the first epoch (or the first
+            `update_freq` batches); within the first epoch the share of it that has
+            passed.
         steps: Number of readings planned, or None where it is not known.
         rollbacks: How often the training has been rolled back.
     """
@@ -53,7 +61,7 @@ class Reading(NamedTuple):
     best: np.ndarray
     reference: np.ndarray
     noise: np.ndarray
-    step: int
+    step: float
     steps: int | None
     rollbacks: int
 
@@ -61,6 +69,7 @@ class Reading(NamedTuple):
 Policy = Callable[[Reading], np.ndarray]
 
 _TINY = np.finfo("float32").tiny  # In float32 rates are set.
+_SOON = 0.2  # Share of the missing information, in a part of the first epoch.
 
 
 class _Configured:
@@ -141,11 +150,15 @@ class RelativeChange(_Configured):
 class _MissingShare(_Configured):
     """What policies share that measure a gain by the information still missing.
 
-    They raise a rate to see whether more can be learned: see `undoes_raises` in the
-    docstring of this module.
+    They raise a rate to see whether more can be learned: see `undoes_raises` and
+    `early_readings` in the docstring of this module.
     """
 
     undoes_raises = True
+
+    @property
+    def early_readings(self) -> int:
+        return 3 if self.grow_steps > 0 else 0
 
     def _set_shared(self, cut, hold, floor, grow_steps, grow_below, max_ratio):
         for name, value in (("cut", cut), ("floor", floor), ("grow_below", grow_below)):
@@ -183,9 +196,16 @@ class _MissingShare(_Configured):
             & (early | (gain >= 0))  # While little is known, it goes to and fro.
             & (reading.information < self.grow_below * reading.reference)
         )
+        if self._within_first(reading):
+            threshold = max(threshold, _SOON)
         learns = gain > threshold
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
+
+    @staticmethod
+    def _within_first(reading: Reading) -> bool:
+        """Whether the first epoch has not ended: a time to raise rates only."""
+        return 0 < reading.step < 1
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -201,12 +221,13 @@ class ReferenceLevel(_MissingShare):
 
     1. *Hold.* If missing < hold × reference, or missing < noise, nothing measurable is
        missing: the rate stays.
-    2. *Grow.* In the first `grow_steps` readings, while the rate was never lowered and
-       less than `grow_below` of the reference is reached: rate × 2 if g > share; else
-       rate × 3 while less than half of the reference is reached, also if the
-       information falls, which counts go to and fro with then. This mends a start that
-       is far too low. A raise that costs information is undone.
-    3. Else rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
+    2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
+       epoch, while the rate was never lowered and less than `grow_below` of the
+       reference is reached: rate × 2 if g > share (0.2, if that is more, within the
+       first epoch); else rate × 3 while less than half of the reference is reached,
+       also if the information falls, which counts go to and fro with then. This mends a
+       start that is far too low. A raise that costs information is undone.
+    3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
        of what was missing, cut as the gain shrinks, but never below `floor` times the
        highest rate so far.
 
@@ -259,6 +280,8 @@ class ReferenceLevel(_MissingShare):
         kept = np.clip(gain / self.share, self.cut, 1.0)
         rate = self._lowered(reading, kept)
         rate = self._grown(rate, reading, gain, self.share)
+        if self._within_first(reading):
+            rate = np.maximum(rate, reading.rate)
         rate = np.where(saturated, reading.rate, rate)
         return _within_ratio(rate, reading, self.max_ratio)
 
@@ -272,19 +295,21 @@ class ThresholdDecay(_MissingShare):
 
     1. *Explore.* While the rate was never lowered, more than `tail` of the planned
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
-       stays. In the first `grow_steps` readings, while less than `grow_below` of the
-       reference is reached, it rises: × 2 if g > threshold; else × 3 while less than
-       half of the reference is reached, also if the information falls, which counts go
-       to and fro with then. A raise that costs information is undone.
-    2. *Decay.* From the first reading that gains less, or with `tail` of the readings
-       left, at the latest:
+       stays. In the first `grow_steps` readings, and at each quarter of the first
+       epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
+       g > threshold (0.2, if that is more, within the first epoch); else × 3 while less
+       than half of the reference is reached, also if the information falls, which counts
+       go to and fro with then. A raise that costs information is undone.
+    2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
+       the readings left, at the latest with one:
 
-           rate ← rate × ((left − ½) / (left + ½)) ^ power
+           rate ← rate × ((left − 1) / left) ^ power
            power = 1 + sharpness × missing / reference
 
        where `left` is the number of readings to come: a ramp that ends with the
-       training, and never below `floor` times the highest rate so far. A network that
-       knows nearly everything comes down along a straight line; the more is missing
+       training, and never below `floor` times the highest rate so far. The rate goes
+       down this ramp step by step between readings: see `glides` in the docstring of
+       this module. A network that knows nearly everything comes down along a straight line; the more is missing
        that it does not learn any more, such as noise in the labels, the lower it gets.
        So the decay survives saturation: where nothing is missing the rate falls with
        the time that is left, and no faster.
@@ -299,8 +324,8 @@ class ThresholdDecay(_MissingShare):
     Args:
         threshold: Share of the missing information that a reading must gain for the
             exploration to go on. Larger values decay sooner. Defaults to `0.05`.
-        tail: Share of the planned readings in which the rate decays in any case.
-            Defaults to `0.4`.
+        tail: Share of the planned readings in which the rate decays in any case, from
+            the last but one on at the latest. Defaults to `0.4`.
         sharpness: How much steeper the decay is the more information is missing; 0 for
             a straight line to zero. Defaults to `2`.
         cut: Smallest factor by which one reading may lower the rate, where the number
@@ -325,6 +350,7 @@ class ThresholdDecay(_MissingShare):
         *("threshold", "tail", "sharpness", "cut", "hold", "floor"),
         *("grow_steps", "grow_below", "max_ratio"),
     )
+    glides = True
 
     def __init__(
         self,
@@ -357,10 +383,12 @@ class ThresholdDecay(_MissingShare):
         else:
             # After the last reading nothing is left to decay for.
             left = max(reading.steps - reading.step, 0)
-            ramp = (left - 0.5) / (left + 0.5) if left > 0 else 1.0
+            ramp = max(left - 1, 0) / left if left > 0 else 1.0
             missing = np.maximum(reading.reference - reading.information, 0.0)
             factor = ramp ** (1.0 + self.sharpness * missing / reading.reference)
-            late = left < self.tail * reading.steps
+            late = left < self.tail * reading.steps or left <= 1
+        if self._within_first(reading):
+            factor, late = 1.0, False
         exploring = (
             (reading.rate >= reading.peak_rate)
             & ((gain >= self.threshold) | saturated)
@@ -424,7 +452,8 @@ def _checked(reading: Reading) -> Reading:
     for name in ("step", "steps", "rollbacks"):
         number = getattr(reading, name)
         if number is not None or name != "steps":
-            check_integer(f"reading.{name}", number, at_least=0)
+            check = check_number if name == "step" else check_integer
+            check(f"reading.{name}", number, at_least=0)
             if number > LARGEST:
                 raise ValueError(
                     f"Argument `reading.{name}` must be a number of readings. "

@@ -33,6 +33,9 @@ class NetworkRate:
     def set(self, rates: np.ndarray):
         self._model.optimizer.learning_rate = float(rates[0])
 
+    # What is ours to set between readings: all of the rate.
+    own, set_own = get, set
+
     def ceiling(self, start: np.ndarray) -> float:
         """Upper bound, where none is given, after the rates at the start.
 
@@ -100,20 +103,26 @@ class LayerRates:
         self.names = [group.name for group in self.groups]
 
     def get(self) -> np.ndarray:
-        multipliers = self._optimizer().multipliers
-        highest = [max(multipliers[k] for k in shares) for shares in self._shares]
-        return base_rate(self._model) * np.array(highest)
+        return base_rate(self._model) * self.own()
 
     def set(self, rates: np.ndarray):
         base = base_rate(self._model)
-        if base == 0:  # A warm-up that begins there: any multiplier will do.
-            return
+        if base > 0:  # Else a warm-up begins there: any multiplier will do.
+            self.set_own(rates / base)
+
+    def own(self) -> np.ndarray:
+        """What is ours to set between readings: the multipliers, and not the base."""
+        multipliers = self._optimizer().multipliers
+        highest = [max(multipliers[k] for k in shares) for shares in self._shares]
+        return np.array(highest)
+
+    def set_own(self, values: np.ndarray):
         optimizer = self._optimizer()
         # All of them: a name alone may also mean what is below a layer.
         multipliers = optimizer.multipliers
-        for rate, shares in zip(rates, self._shares, strict=True):
+        for value, shares in zip(values, self._shares, strict=True):
             for name, share in shares.items():
-                multipliers[name] = float(rate / base * share)
+                multipliers[name] = float(value * share)
         optimizer.set_multipliers(multipliers)
 
     def ceiling(self, start: np.ndarray) -> float:

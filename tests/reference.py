@@ -166,6 +166,7 @@ def reference_level(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
+    begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
         and r["rollbacks"] == 0
@@ -173,10 +174,12 @@ def reference_level(
         and (early or gain >= 0)
         and r["information"] < grow_below * r["reference"]
     ):
-        if gain > share:
+        if gain > (max(share, 0.2) if begins else share):
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"]
+    if begins:
+        return r["rate"]
     kept = r["rate"] * min(max(gain / share, cut), 1.0)
     return max(kept, min(floor * r["peak_rate"], r["rate"]))
 
@@ -201,7 +204,8 @@ def threshold_decay(
     early = r["information"] < 0.5 * r["reference"]
     known = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if known else None
-    late = known and left < tail * r["steps"]
+    begins = 0 < r["step"] < 1
+    late = known and not begins and (left < tail * r["steps"] or left <= 1)
     if (
         not late
         and r["step"] <= grow_steps
@@ -210,10 +214,12 @@ def threshold_decay(
         and (early or gain >= 0)
         and r["information"] < grow_below * r["reference"]
     ):
-        if gain > threshold:
+        if gain > (max(threshold, 0.2) if begins else threshold):
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"]
+    if begins:
+        return r["rate"]
     learning = gain >= threshold or missing < negligible
     if not late and r["rate"] >= r["peak_rate"] and learning:
         return r["rate"]
@@ -225,7 +231,7 @@ def threshold_decay(
         factor = 1.0
     else:
         power = 1 + sharpness * max(missing, 0.0) / r["reference"]
-        factor = ((2 * left - 1) / (2 * left + 1)) ** power
+        factor = (max(left - 1, 0) / left) ** power
     return max(r["rate"] * factor, min(floor * r["peak_rate"], r["rate"]))
 
 

@@ -112,7 +112,9 @@ class TestSettingTheRate:
                 model.predict(x, verbose=0)
             )
         )
-        history = fit(callback, digits, model, 8, callbacks=[callback, record])
+        # In too few batches for readings within the first epoch.
+        arguments = {"callbacks": [callback, record], "batch_size": 64}
+        history = fit(callback, digits, model, 8, **arguments)
 
         plain = {"relative": reference.relative_change}
         plain["reference"] = reference.reference_level
@@ -143,9 +145,12 @@ class TestSettingTheRate:
                 ), (step, key)
             previous = found["information"]
             if step > 0:
-                rates.append(rate)
-                rate = plain[policy](found)
+                before, rate = rate, plain[policy](found)
                 peak = max(peak, rate)
+                # The last of ten steps, where it glides.
+                glides = policy == "decay" and rate < before
+                rates.append(rate + 0.05 * (before - rate) if glides else rate)
+        rates = [1e-3, *rates[:-1]]
         np.testing.assert_allclose(history.history["learning_rate"], rates, rtol=1e-3)
 
     @pytest.mark.supports("Labels", "sparse")
@@ -231,6 +236,162 @@ class TestSettingTheRate:
         assert callback.history[-1]["entropy"] == pytest.approx(np.log(10), abs=1e-3)
 
 
+class TestWithinAnEpoch:
+    """Readings within the first epoch, and rates that go down step by step."""
+
+    class Curious:
+        """Wants readings within the first epoch, and changes nothing."""
+
+        early_readings = 3
+
+        def __init__(self):
+            self.readings = []
+
+        def __call__(self, reading):
+            self.readings.append(reading)
+            return reading.rate
+
+    class Gliding:
+        glides = True
+
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, reading):
+            return reading.rate * (self.factor if reading.step > 0 else 1)
+
+    @staticmethod
+    def rates_of_batches(callbacks, digits, **arguments):
+        rates = []
+        note = keras.callbacks.LambdaCallback()
+        note.on_train_batch_begin = lambda batch, logs=None: rates.append(
+            float(keras.ops.convert_to_numpy(note.model.optimizer.learning_rate))
+        )
+        model = make_model()
+        history = fit(None, digits, model, callbacks=[*callbacks, note], **arguments)
+        return np.array(rates), history.history["learning_rate"]
+
+    def test_early_readings_are_those_of_that_batch(self, digits):
+        policy, every = self.Curious(), []
+        for callback in (
+            keras_milr.MutualInformationLR(policy, digits),
+            keras_milr.MutualInformationLR(keep, digits, update_freq=29),
+        ):
+            keras.utils.set_random_seed(5)
+            fit(callback, digits, epochs=2, batch_size=16)
+            every.append(callback.history)
+        early, by_batch = every
+        assert [r["batch"] for r in early[:5]] == [0, 29, 57, 85, 113]
+        assert early[1]["information"] == by_batch[1]["information"]
+        assert early[1]["raw"] == by_batch[1]["raw"]
+        assert len(early) == 6  # None in the second epoch.
+        told = policy.readings[1:]
+        assert [r.step for r in told] == [29 / 113, 57 / 113, 85 / 113, 1, 2]
+        assert [r.steps for r in told] == [2] * 5
+        before = [*early[:3], early[0], early[4]]  # An epoch ago, after the first.
+        for now, previous in zip(told, before, strict=True):
+            assert now.previous == previous["information"]
+
+    @pytest.mark.parametrize(
+        ("batch_size", "batches"),
+        [(32, [29]), (46, []), (24, [25, 50])],
+        ids=["57 batches", "40 batches and less", "75 batches"],
+    )
+    def test_at_least_twenty_batches_apart(self, digits, batch_size, batches):
+        if batch_size == 46:
+            digits = digits[0][: 46 * 39], digits[1][: 46 * 39]
+        callback = keras_milr.MutualInformationLR(self.Curious(), digits)
+        fit(callback, digits, epochs=1, batch_size=batch_size)
+        within = [r["batch"] for r in callback.history if 0 < r["step"] < 1]
+        assert within == batches
+
+    def test_none_where_they_tell_nothing(self, digits):
+        """After a range test, and of averages that lag behind."""
+        auto = keras_milr.MutualInformationLR(
+            self.Curious(), digits, learning_rate="auto"
+        )
+        fit(auto, digits, epochs=1, batch_size=16)
+        normalised = keras.Sequential(
+            [
+                keras.Input((64,)),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(10, activation="softmax"),
+            ]
+        )
+        normalised.compile("sgd", "sparse_categorical_crossentropy")
+        plain = keras_milr.MutualInformationLR(self.Curious(), digits)
+        fit(plain, digits, normalised, epochs=1, batch_size=16)
+        for callback in (auto, plain):
+            assert [r["step"] for r in callback.history] == [0, 1]
+
+    def test_a_rate_that_is_far_too_low_is_mended_in_the_first_epoch(self, digits):
+        callback = keras_milr.MutualInformationLR(
+            probe_data=digits, learning_rate=1e-6
+        )
+        fit(callback, digits, epochs=8, batch_size=16)
+        rates = [r["rate"] for r in callback.history]
+        np.testing.assert_allclose(rates[1:5], [1e-6, 3e-6, 9e-6, 2.7e-5], rtol=1e-5)
+
+    def test_lower_rates_are_reached_step_by_step(self, digits):
+        policy = self.Gliding(0.5)
+        callback = keras_milr.MutualInformationLR(policy, digits)
+        rates, logged = self.rates_of_batches([callback], digits, batch_size=16)
+        np.testing.assert_allclose(rates[:113], 1e-3, rtol=1e-6)
+        step = (np.arange(113) * 10 // 113 + 0.5) / 10
+        np.testing.assert_allclose(rates[113:226], 1e-3 * (1 - step / 2), rtol=1e-6)
+        np.testing.assert_allclose(rates[226:], 5e-4 * (1 - step / 2), rtol=1e-6)
+        np.testing.assert_allclose(logged, rates[112::113], rtol=1e-6)
+        # The policy is told where they have got to.
+        told = [r["rate"] for r in callback.history]
+        np.testing.assert_allclose(told, [1e-3, 1e-3, 5e-4, 2.5e-4], rtol=1e-6)
+
+    def test_higher_rates_at_once(self, digits):
+        callback = keras_milr.MutualInformationLR(self.Gliding(2.0), digits)
+        rates, _ = self.rates_of_batches([callback], digits)
+        expected = np.repeat([1e-3, 2e-3, 4e-3], 57)
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+    def test_between_readings_of_batches(self, digits):
+        callback = keras_milr.MutualInformationLR(
+            self.Gliding(0.5), digits, update_freq=20
+        )
+        rates, _ = self.rates_of_batches([callback], digits, epochs=1)
+        step = (np.arange(20) // 2 + 0.5) / 10
+        np.testing.assert_allclose(rates[20:40], 1e-3 * (1 - step / 2), rtol=1e-6)
+
+    def test_half_way_where_the_end_is_not_known(self, digits):
+        """In a loop of one's own that calls no hook before a batch."""
+        model = make_model()
+        callback = keras_milr.MutualInformationLR(self.Gliding(0.5), digits)
+        callback.set_model(model)
+        callback.on_train_begin()
+        rates = []
+        for epoch in range(3):
+            callback.on_epoch_begin(epoch)
+            rates.append(float(model.optimizer.learning_rate))
+            loss = model.train_on_batch(digits[0][:32], digits[1][:32])
+            callback.on_train_batch_end(0, {"loss": loss})
+            callback.on_epoch_end(epoch, {})
+        np.testing.assert_allclose(rates, [1e-3, 7.5e-4, 3.75e-4], rtol=1e-6)
+
+    def test_whoever_else_sets_the_rate_is_respected(self, digits):
+        other = keras.callbacks.LearningRateScheduler(
+            lambda epoch, rate: 0.004 if epoch == 1 else rate
+        )
+        ours = keras_milr.MutualInformationLR(self.Gliding(0.5), digits)
+        rates, _ = self.rates_of_batches([other, ours], digits)
+        np.testing.assert_allclose(rates[57:114], 0.004, rtol=1e-6)
+        told = [r["rate"] for r in ours.history]
+        np.testing.assert_allclose(told, [1e-3, 1e-3, 4e-3, 2e-3], rtol=1e-6)
+
+    @pytest.mark.parametrize("early", [-1, 0.5, "3"])
+    def test_a_bad_number_of_early_readings(self, digits, early):
+        policy = self.Curious()
+        policy.early_readings = early
+        with pytest.raises((TypeError, ValueError), match="early_readings` must be"):
+            keras_milr.MutualInformationLR(policy, digits)
+
+
 class TestReadings:
     def test_what_a_policy_is_told(self, digits):
         readings = []
@@ -260,12 +421,14 @@ class TestReadings:
 
     def test_history_has_every_field_and_serialises(self, digits):
         callback = keras_milr.MutualInformationLR(probe_data=digits)
-        fit(callback, digits)
+        fit(callback, digits, batch_size=16)  # 113 batches
         fields = {"epoch", "batch", *policies.Reading._fields}
         fields |= set(readouts.Information._fields)
-        assert [r["step"] for r in callback.history] == [0, 1, 2, 3]
+        early = [29, 57, 85]  # the first batches of the quarters
+        steps = [0, *(batch / 113 for batch in early), 1, 2, 3]
+        assert [r["step"] for r in callback.history] == steps
         assert [(r["epoch"], r["batch"]) for r in callback.history] == [
-            (0, 0), (0, 57), (1, 57), (2, 57)
+            (0, 0), *((0, batch) for batch in early), (0, 113), (1, 113), (2, 113)
         ]  # fmt: skip
         for record in callback.history:
             assert set(record) == fields
@@ -277,12 +440,11 @@ class TestReadings:
         history = fit(None, digits, callbacks=[callback, logger]).history
         for key in ("probe_mutual_information", "probe_information", "learning_rate"):
             assert len(history[key]) == 3
-        assert history["probe_mutual_information"] == [
-            r["value"] for r in callback.history[1:]
-        ]
-        assert history["probe_information"] == [
-            r["information"] for r in callback.history[1:]
-        ]
+        after_epochs = [r for r in callback.history if r["step"] in (1, 2, 3)]
+        values = [r["value"] for r in after_epochs]
+        assert history["probe_mutual_information"] == values
+        values = [r["information"] for r in after_epochs]
+        assert history["probe_information"] == values
         header = (tmp_path / "log.csv").read_text().splitlines()[0]
         assert "probe_information" in header
 

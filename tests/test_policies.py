@@ -52,7 +52,7 @@ def readings(draw, size=1):
     ceiling = array(st.floats(0.05, 7))
     peak = array(st.floats(1e-6, 10))
     information, previous = array(nats) * ceiling, array(nats) * ceiling
-    step = draw(st.integers(1, 30))
+    step = draw(st.integers(1, 30) | st.sampled_from([0.25, 0.5, 0.75]))
     return policies.Reading(
         rate=peak * array(st.sampled_from([1.0, 1.0, 0.5, 0.011, 1e-3])),
         start_rate=peak * array(st.sampled_from([1.0, 0.1])),
@@ -105,6 +105,7 @@ def test_unit_free(policy, reading, unit):
         (missing, np.maximum(0.02 * reading.reference, reading.noise)),
         (reading.information, 0.5 * reading.reference),
         (reading.information, 0.8 * reading.reference),
+        (gain, 0.2),
         (gain, 0.1),
         (gain, 0.05),
     ):
@@ -127,8 +128,7 @@ def test_bounded_per_step(policy, reading):
     low, high = {
         "RelativeChange": (1 / 1.5, 1.5),
         "ReferenceLevel": (0.5, 3),
-        # The last but one reading, with everything missing.
-        "ThresholdDecay": ((1 / 3) ** 3, 3),
+        "ThresholdDecay": (0.001, 3),
     }[type(policy).__name__]
     assert np.all(np.isfinite(factor))
     assert low * (1 - 1e-12) <= factor <= high * (1 + 1e-12)
@@ -264,6 +264,26 @@ class TestReferenceLevel:
         assert never(make_reading(**early)) == 0.01
 
 
+@pytest.mark.parametrize(
+    "policy", [policies.ReferenceLevel(), policies.ThresholdDecay()]
+)
+def test_within_the_first_epoch_rates_only_rise(policy):
+    early = {"step": 0.5, "steps": 6, "previous": 0.5, "information": 0.9}
+    assert policy(make_reading(**early)) == pytest.approx(0.02)
+    # A quarter of an epoch that gains less than a fifth of what is missing.
+    assert policy(make_reading(**early | {"previous": 0.7})) == pytest.approx(0.03)
+    assert policy(make_reading(**early | {"previous": 0.95})) == pytest.approx(0.03)
+    known = early | {"information": 1.3}
+    assert policy(make_reading(**known | {"previous": 1.1})) == pytest.approx(0.02)
+    for previous in (1.2, 1.3, 1.5):
+        assert policy(make_reading(**known | {"previous": previous})) == 0.01
+    assert policy(make_reading(**early | {"information": 1.7})) == 0.01
+    assert policy.early_readings == 3
+    never = type(policy)(grow_steps=0)
+    assert never(make_reading(**early)) == 0.01
+    assert never.early_readings == 0
+
+
 class TestThresholdDecay:
     policy = staticmethod(policies.ThresholdDecay())
 
@@ -294,8 +314,10 @@ class TestThresholdDecay:
         for step in range(10, 41):
             rate = self.policy(reading._replace(step=step))
             reading = reading._replace(rate=rate)
-        expected = max(0.01 * (1 / 61) ** power, 0.001 * 0.02)
-        assert rate[0] == pytest.approx(expected)
+            if step < 39:
+                expected = max(0.01 * ((39 - step) / 30) ** power, 0.001 * 0.02)
+                assert rate[0] == pytest.approx(expected)
+        assert rate[0] == pytest.approx(0.001 * 0.02)
 
     def test_grows_early_but_not_in_the_tail(self):
         early = {"step": 3, "previous": 0.5, "information": 0.9}
@@ -306,6 +328,7 @@ class TestThresholdDecay:
         lost = early | {"information": 1.2, "previous": 1.25}
         assert self.policy(make_reading(steps=40, **lost)) < 0.01
         assert self.policy(make_reading(steps=4, **early)) < 0.01
+        assert self.policy(make_reading(**early | {"step": 1}, steps=2)) < 0.01
         never = policies.ThresholdDecay(grow_steps=0)
         assert never(make_reading(steps=40, **early)) == 0.01
 
@@ -401,6 +424,8 @@ class TestAbsurdReadings:
     @pytest.mark.parametrize("field", ["step", "steps", "rollbacks"])
     @pytest.mark.parametrize("value", [-1, 0.5, 10**400, "a", [1]])
     def test_numbers(self, policy, field, value):
+        if field == "step" and value == 0.5:  # Within the first epoch.
+            return
         with pytest.raises((TypeError, ValueError), match=f"`reading.{field}` must be"):
             policy(make_reading()._replace(**{field: value}))
 
