@@ -124,12 +124,12 @@ def print_reading(record):
         "start_rate": "the rate at the beginning",
         "peak_rate": "the highest so far",
         "information": "what the network knows of the labels now, nats",
-        "previous": "the same at the previous reading",
+        "previous": "the same an epoch before",
         "best": "the largest so far",
         "reference": "all there is to know, H(Y)",
         "noise": "standard error of a change; less than that is none",
-        "step": "number of the reading",
-        "steps": "number of readings planned",
+        "step": "number of the reading, a share within the first epoch",
+        "steps": "number of readings planned, after epochs",
         "rollbacks": "how often the training failed and was taken back",
     }
     print(f"\nA reading: that after epoch {record['epoch'] + 1}")

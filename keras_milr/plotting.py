@@ -3,7 +3,10 @@
 import keras
 import numpy as np
 
+from keras_milr import policies
+
 _MOST_LINES = 8  # More layers than this are shown as a map.
+_POINTS = 20  # from one reading to the next: a straight line has a bend on this axis
 
 
 def plot_history(history):
@@ -67,8 +70,7 @@ def _draw_network(figure, top, bottom, series):
     ):
         if key in series:
             top.plot(epochs, series[key], style, marker=".", label=label)
-    # A point has the rate that led up to it.
-    bottom.step(epochs, series["rate"], "C2", where="pre", marker=".")
+    _draw_rate(bottom, epochs, series["rate"], series["glides"], "C2")
     _finish_lines(top, bottom)
 
 
@@ -84,10 +86,23 @@ def _draw_layers(figure, top, bottom, series):
     rows = zip(layers, series["information"], series["rate"], colors, strict=True)
     for name, information, rate, color in rows:
         top.plot(epochs, information, marker=".", color=color, label=name)
-        bottom.step(epochs, rate, where="pre", marker=".", color=color)
+        _draw_rate(bottom, epochs, rate, series["glides"], color)
     _finish_lines(top, bottom)
     top.get_legend().remove()
     figure.legend(loc="outside right upper", frameon=False)
+
+
+def _draw_rate(axes, epochs, rates, glides, color):
+    """The rate of every epoch. A point has the rate that led up to it."""
+    x, y = [epochs[:1]], [rates[:1]]
+    ends = zip(epochs[:-1], epochs[1:], rates[:-1], rates[1:], strict=True)
+    for start, end, before, after in ends:
+        if not (glides and after < before):
+            before = after
+        x.append(np.linspace(start, end, _POINTS))
+        y.append(np.linspace(before, after, _POINTS))
+    x, y = np.concatenate(x), np.concatenate(y)
+    axes.plot(x, y, color=color, marker=".", markevery=_POINTS)
 
 
 def _finish_lines(top, bottom):
@@ -158,6 +173,7 @@ def _series(history):
         series["output"] = np.array([np.fmax(o["value"], o["bound"]) for o in outputs])
     batches = (history.params or {}).get("steps") or max(series["batch"].max(), 1)
     series["epoch"] = series["epoch"] + series["batch"] / batches
+    series["glides"] = getattr(policies.get(history.policy), "glides", False)
     return series
 
 
@@ -194,7 +210,7 @@ def _series_of_logs(history):
             "Argument `history` must have a learning rate and a mutual information "
             f"in its logs. Received: keys {sorted(logs)}"
         )
-    return series | {"epoch": np.asarray(history.epoch) + 1}
+    return series | {"epoch": np.asarray(history.epoch) + 1, "glides": False}
 
 
 def plot_range(found):
