@@ -76,7 +76,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     information in layers to their rates is known that beats its own controls; take
     it as a diagnostic and an experiment, and see the README for what was measured.
 
-    It adds to the logs of each epoch `learning_rate`, the rate that the epoch was
+    It adds to the logs of each epoch `learning_rate`, the rate that its last batch was
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
     bias) and `probe_information` (what the policy sees for the network), both of the
     last reading; with `layers` also `learning_rate/<layer>` and
@@ -149,8 +149,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             it is called once before training, to check its result. To serialise, it
             must be registered with `keras.saving.register_keras_serializable`. Where it
             has an attribute `undoes_raises` that is true, a raise that costs
-            information is undone, and so is a lasting loss: see `rollback`. Defaults
-            to `"decay"`.
+            information is undone, and so is a lasting loss: see `rollback`. An
+            attribute `early_readings` is the number of readings within the first epoch,
+            see `update_freq`. With one `glides` that is true, as that of `"decay"`, a
+            lower rate is reached at the next reading, in ten steps, and otherwise at
+            once. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             `DataLoader`, generator). The training data are a good choice. Defaults to
@@ -193,7 +196,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
         update_freq: `"epoch"`, or an integer number of batches from one reading to the
-            next. Defaults to `"epoch"`.
+            next. With `"epoch"` and a probe, `"decay"` and `"reference"` are also shown
+            readings at the quarters of the first epoch, at least 20 batches apart, and
+            raise a rate that is far too low; but none after `learning_rate="auto"`,
+            which has found one, and none of a model with batch normalisation, whose
+            averages lag behind. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known, when the training fails: the loss, the weights or the
@@ -219,7 +226,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         history: List of dicts, one for each reading, JSON-serialisable: `epoch` and
             `batch` (batches of that epoch trained by then), all fields of
             `policies.Reading` and of `readouts.Information`. With a probe the first is
-            from before the training (`step` 0). With `layers` these fields are dicts
+            from before the training (`step` 0); within the first epoch, `step` is the
+            share of it that has passed. With `layers` these fields are dicts
             from layer to number, and `output` has what was found at the output. Where
             that is a mean, `outputs`, by name, and `labels` or `columns`, by number,
             have what it is the mean of, and `bins` has the number of bins of continuous
@@ -444,9 +452,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         if length is None:
             return
         done = min(batch if per_epoch else self._since_reading, length - 1)
-        if self._parts * done // length > self._part:
-            self._part += 1
-            self._batch = batch
+        part = self._parts * done // length
+        if part > self._part:
+            self._part, self._batch = part, batch
             self._update({}, mid_epoch=True, passed=done / length)
             self._note_state(self._epoch)
         if not self._controller.glides:
@@ -455,9 +463,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         step = len(self.history), steps * done // length
         if step != self._glided:
             self._glided = step
-            rates.base_rate(self.model)  # On JAX, see `rates`.
+            model = self.model  # With its state, as in `_measure`.
             if self._controller.glide((step[1] + 0.5) / steps):
-                self._overruled.set(rates.base_rate(self.model))
+                self._overruled.set(rates.base_rate(model))
 
     def on_train_batch_end(self, batch, logs=None):
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
@@ -787,11 +795,12 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._table is not None:
             info = self._table.measure(mid_epoch)
             return None if info is None else [info]
+        model = self.model  # With its state, which on JAX the trainer has in an epoch.
         output, by_layer = self._probe.measure()
-        if backend.on_several_workers(self.model):
+        if backend.on_several_workers(model):
             # All must decide the same, whatever data and device each of them has.
             found = readouts.to_array([output, *by_layer])
-            found = backend.of_first_worker(self.model, found)
+            found = backend.of_first_worker(model, found)
             output, *by_layer = readouts.from_array(found)
         infos = by_layer or [output]
         self._last = output, infos

@@ -54,14 +54,18 @@ class Controller:
             self._before = self._numbers(state, "before") if raised else None
             self._glide = None
             if state["glide"] is not None:
-                ends = dict(zip(("from", "to", "at"), state["glide"], strict=True))
-                self._glide = tuple(self._numbers(ends, name) for name in ends)
+                ends = dict(zip(("from", "to"), state["glide"], strict=True))
+                start, end = (self._numbers(ends, name) for name in ends)
+                at = self.rates.own()  # Somewhere on the way, in the midst of an epoch.
+                if np.all((at >= end) & (at <= start)):
+                    self._glide = start, end, at
 
     def state(self) -> dict:
         """What a policy is told, as far as it cannot be measured again."""
         arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
         numbers = {"step": self._step, "rollbacks": self._rollbacks}
-        return arrays | numbers | {"before": self._before, "glide": self._glide}
+        glide = self._glide and self._glide[:2]
+        return arrays | numbers | {"before": self._before, "glide": glide}
 
     def _numbers(self, state, name):
         """An array of a state that may be forged."""

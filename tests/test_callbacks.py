@@ -267,8 +267,8 @@ class TestWithinAnEpoch:
         note.on_train_batch_begin = lambda batch, logs=None: rates.append(
             float(keras.ops.convert_to_numpy(note.model.optimizer.learning_rate))
         )
-        model = make_model()
-        history = fit(None, digits, model, callbacks=[*callbacks, note], **arguments)
+        arguments = {"callbacks": [*callbacks, note]} | arguments
+        history = fit(None, digits, **arguments)
         return np.array(rates), history.history["learning_rate"]
 
     def test_early_readings_are_those_of_that_batch(self, digits):
@@ -383,6 +383,24 @@ class TestWithinAnEpoch:
         np.testing.assert_allclose(rates[57:114], 0.004, rtol=1e-6)
         told = [r["rate"] for r in ours.history]
         np.testing.assert_allclose(told, [1e-3, 1e-3, 4e-3, 2e-3], rtol=1e-6)
+
+    def test_a_file_saved_on_the_way_goes_on_with_it(self, digits, tmp_path):
+        """Keras trains an epoch that was cut off from its beginning."""
+        path = tmp_path / "model.keras"
+        save = keras.callbacks.LambdaCallback()
+        save.on_train_batch_end = lambda batch, logs=None: (
+            save.model.save(path)
+            if batch == 29 and 57 < int(save.model.optimizer.iterations) < 114
+            else None
+        )
+        ours = keras_milr.MutualInformationLR(self.Gliding(0.5), digits)
+        whole, _ = self.rates_of_batches([ours, save], digits)
+        resumed = keras_milr.MutualInformationLR(self.Gliding(0.5), digits)
+        resumed.load_state(path)
+        rates, _ = self.rates_of_batches(
+            [resumed], digits, model=keras.models.load_model(path), initial_epoch=1
+        )
+        np.testing.assert_allclose(rates, whole[57:], rtol=1e-6)
 
     @pytest.mark.parametrize("early", [-1, 0.5, "3"])
     def test_a_bad_number_of_early_readings(self, digits, early):
