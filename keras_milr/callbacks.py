@@ -199,8 +199,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             next. With `"epoch"` and a probe, `"decay"` and `"reference"` are also shown
             readings at the quarters of the first epoch, at least 20 batches apart, and
             raise a rate that is far too low; but none after `learning_rate="auto"`,
-            which has found one, and none of a model with batch normalisation, whose
-            averages lag behind. Defaults to `"epoch"`.
+            which has found one, none of a model with batch normalisation, whose
+            averages lag behind, and none where classes are so rare that H(Y) is below
+            half of that of equal classes, of which little is known for long. Defaults
+            to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known, when the training fails: the loss, the weights or the
@@ -718,13 +720,18 @@ class MutualInformationLR(keras.callbacks.Callback):
         """Into how many parts readings divide an epoch: more than 1 for the first only.
 
         There they find out whether the rate is far too low, which nobody needs where a
-        range test has found it. Averages of normalisation lag behind, and make any
-        rate look too low.
+        range test has found it. Averages of normalisation lag behind, and of rare
+        classes little is known for long: both make any rate look too low.
         """
         early = getattr(self._policy, "early_readings", 0)
-        if self._probe is None or self.update_freq != "epoch" or self._is_auto():
-            early = 0
-        if epoch != self._first_epoch or has_statistics(self.model):
+        if (
+            epoch != self._first_epoch
+            or self.update_freq != "epoch"
+            or self._probe is None
+            or self._is_auto()
+            or has_statistics(self.model)
+            or sampling.is_skewed(self._sample.labels, self._last[0].entropy)
+        ):
             early = 0
         return min(early + 1, (self._length or 0) // _LEAST_PART) or 1
 

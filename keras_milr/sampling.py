@@ -1,5 +1,6 @@
 """A fixed sample of labelled data, drawn in one pass: what a model is measured on."""
 
+import math
 from typing import Any, NamedTuple
 
 import keras
@@ -93,6 +94,17 @@ class Rows(NamedTuple):
     def sample(self) -> Sample:
         """The rows to measure on."""
         return Sample(self.x, self.labels, self.signature, self.notes)
+
+
+def is_skewed(labels, entropy: float) -> bool:
+    """Whether the shares of the classes are most of what is to be learned.
+
+    Args:
+        labels: Sequence of `Labels`.
+        entropy: H(Y) of them, in nats.
+    """
+    even = [math.log(one.target.num_classes) for one in labels]
+    return bool(entropy < 0.5 * np.average(even, weights=[one.share for one in labels]))
 
 
 def draw_sample(

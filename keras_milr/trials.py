@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_milr import probe, rates
 from keras_milr.readouts import Information
+from keras_milr.sampling import is_skewed
 from keras_milr.untouched import has_statistics
 
 STEPS = 30  # of a candidate, at most, where the number is not given
@@ -67,10 +68,7 @@ class Trial:
                 model(x, training=True)
         self.start = self._read(0.0)
         _check_start(self.start, sample.labels)
-        # Whether the shares of the classes are most of what is to be learned.
-        guess = [math.log(one.target.num_classes) for one in sample.labels]
-        guess = np.average(guess, weights=[one.share for one in sample.labels])
-        self.skewed = self.start.info.entropy < 0.5 * guess
+        self.skewed = is_skewed(sample.labels, self.start.info.entropy)
 
     def run(self, rate: float) -> Row:
         """Trains at a rate and reads."""

@@ -306,7 +306,7 @@ class TestWithinAnEpoch:
         assert within == batches
 
     def test_none_where_they_tell_nothing(self, digits):
-        """After a range test, and of averages that lag behind."""
+        """After a range test, of averages that lag behind, and of rare classes."""
         auto = keras_milr.MutualInformationLR(
             self.Curious(), digits, learning_rate="auto"
         )
@@ -321,13 +321,16 @@ class TestWithinAnEpoch:
         normalised.compile("sgd", "sparse_categorical_crossentropy")
         plain = keras_milr.MutualInformationLR(self.Curious(), digits)
         fit(plain, digits, normalised, epochs=1, batch_size=16)
-        for callback in (auto, plain):
+        few = np.flatnonzero((digits[1] > 0) | (np.arange(len(digits[1])) < 150))
+        of_zeros = digits[0][few], (digits[1][few] == 0).astype("int32")
+        rare = keras_milr.MutualInformationLR(self.Curious(), of_zeros)
+        fit(rare, of_zeros, make_model(units=2), epochs=1, batch_size=16)
+        assert rare.history[0]["entropy"] < 0.5 * np.log(2)
+        for callback in (auto, plain, rare):
             assert [r["step"] for r in callback.history] == [0, 1]
 
     def test_a_rate_that_is_far_too_low_is_mended_in_the_first_epoch(self, digits):
-        callback = keras_milr.MutualInformationLR(
-            probe_data=digits, learning_rate=1e-6
-        )
+        callback = keras_milr.MutualInformationLR(probe_data=digits, learning_rate=1e-6)
         fit(callback, digits, epochs=8, batch_size=16)
         rates = [r["rate"] for r in callback.history]
         np.testing.assert_allclose(rates[1:5], [1e-6, 3e-6, 9e-6, 2.7e-5], rtol=1e-5)
