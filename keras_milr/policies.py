@@ -11,10 +11,10 @@ with it, `MutualInformationLR(rollback=True)` then goes back to the weights befo
 `keras_milr.rollback.fell`. So it does where much of it stays lost. `ReferenceLevel`
 and `ThresholdDecay` are such policies.
 
-One whose attribute `early_readings` is above 0 is shown as many readings within the first
-epoch, of a probe: a rate that is far too low is then raised before the epoch is lost.
-One whose attribute `glides` is true says with a rate below the present one where the
-rate shall be at the next reading: it gets there step by step, instead of at once.
+One whose attribute `early_readings` is above 0 is shown as many readings within the
+first epoch, of a probe: a rate that is far too low is then raised before the epoch is
+lost. One whose attribute `glides` is true says with a rate below the present one where
+the rate shall be at the next reading: it gets there step by step, instead of at once.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
@@ -227,9 +227,9 @@ class ReferenceLevel(_MissingShare):
        first epoch); else rate × 3 while less than half of the reference is reached,
        also if the information falls, which counts go to and fro with then. This mends a
        start that is far too low. A raise that costs information is undone.
-    3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a reading gains at least `share`
-       of what was missing, cut as the gain shrinks, but never below `floor` times the
-       highest rate so far.
+    3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
+       reading gains at least `share` of what was missing, cut as the gain shrinks, but
+       never below `floor` times the highest rate so far.
 
     A change within the noise is no change (g = 0). The formula is our own, of the
     second kind in Vasudevan (2018).
@@ -298,8 +298,8 @@ class ThresholdDecay(_MissingShare):
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
        g > threshold (0.2, if that is more, within the first epoch); else × 3 while less
-       than half of the reference is reached, also if the information falls, which counts
-       go to and fro with then. A raise that costs information is undone.
+       than half of the reference is reached, also if the information falls, which
+       counts go to and fro with then. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
@@ -309,10 +309,10 @@ class ThresholdDecay(_MissingShare):
        where `left` is the number of readings to come: a ramp that ends with the
        training, and never below `floor` times the highest rate so far. The rate goes
        down this ramp step by step between readings: see `glides` in the docstring of
-       this module. A network that knows nearly everything comes down along a straight line; the more is missing
-       that it does not learn any more, such as noise in the labels, the lower it gets.
-       So the decay survives saturation: where nothing is missing the rate falls with
-       the time that is left, and no faster.
+       this module. A network that knows nearly everything comes down along a straight
+       line; the more is missing that it does not learn any more, such as noise in the
+       labels, the lower it gets. So the decay survives saturation: where nothing is
+       missing the rate falls with the time that is left, and no faster.
 
     Where the number of readings is not known, 2. is that of `ReferenceLevel`: rate ×
     clip(g / threshold, cut, 1), and the rate stays where nothing measurable is missing.

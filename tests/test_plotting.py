@@ -27,7 +27,7 @@ def lines(figure):
 
 
 def test_of_a_callback(trained):
-    callback, history = trained
+    callback, _ = trained
     figure = keras_milr.plot_history(callback)
     assert isinstance(figure, Figure)
     top, bottom = figure.axes
