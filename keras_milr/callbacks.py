@@ -200,9 +200,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             readings at the quarters of the first epoch, at least 20 batches apart, and
             raise a rate that is far too low; but none after `learning_rate="auto"`,
             which has found one, none of a model with batch normalisation, whose
-            averages lag behind, and none where classes are so rare that H(Y) is below
-            half of that of equal classes, of which little is known for long. Defaults
-            to `"epoch"`.
+            averages lag behind, none where classes are so rare that H(Y) is below half
+            of that of equal classes, of which little is known for long, and none where
+            the cross-entropy is not known, as of numbers. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known, when the training fails: the loss, the weights or the
@@ -721,7 +721,8 @@ class MutualInformationLR(keras.callbacks.Callback):
 
         There they find out whether the rate is far too low, which nobody needs where a
         range test has found it. Averages of normalisation lag behind, and of rare
-        classes little is known for long: both make any rate look too low.
+        classes little is known for long: both make any rate look too low. One that is
+        too high looks the same but for the cross-entropy, which not all labels have.
         """
         early = getattr(self._policy, "early_readings", 0)
         if (
@@ -730,10 +731,16 @@ class MutualInformationLR(keras.callbacks.Callback):
             or self._probe is None
             or self._is_auto()
             or has_statistics(self.model)
+            or math.isnan(self._last[0].cross_entropy)
             or sampling.is_skewed(self._sample.labels, self._last[0].entropy)
         ):
             early = 0
         return min(early + 1, (self._length or 0) // _LEAST_PART) or 1
+
+    def _is_worse_than_at_the_start(self):
+        first = self.history[0]
+        first = first.get("output", first)["cross_entropy"]
+        return not self._last[0].cross_entropy <= first  # It may be NaN.
 
     def _update(self, logs, mid_epoch=False, passed=None):
         """Takes a reading and sets the next rates.
@@ -748,6 +755,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             return
         reading = self._controller.read(infos, passed)
         self._record(reading, infos)
+        tries = self._controller.tries()
+        if passed is not None and not tries and self._is_worse_than_at_the_start():
+            return  # The rate is not too low; a whole epoch will show what it does.
         if self.rollback:
             if self._rollback is None:
                 self._rollback = Rollback(self.model)
@@ -760,7 +770,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._output(infos),
                 infos,
                 loss,
-                raised=self._controller.tries(),
+                raised=tries,
                 explores=self._controller.explores() and passed is None,
             )
             if failure is not None:

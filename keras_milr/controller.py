@@ -193,12 +193,15 @@ class Controller:
         Args:
             infos: What was read of the weights that the model was set back to.
             reading: The reading of the failure.
-            factor: What its rates are multiplied with. None: back to those before the
-                policy raised them.
+            factor: What its rates, or those before the policy raised them, are
+                multiplied with. None: back to those before.
         """
         self._rollbacks += 1
-        rates = self._before if factor is None else factor * reading.rate
-        rates, self._before = self._clipped(rates), None
+        rates = reading.rate
+        if self._before is not None:
+            rates = np.minimum(rates, self._before)
+        rates = self._clipped(rates * (1.0 if factor is None else factor))
+        self._before = None
         self.rates.set(rates)
         # As they were set, in float32: a rate below the highest by rounding would count
         # as lowered.

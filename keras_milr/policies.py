@@ -197,6 +197,8 @@ class _MissingShare(_Configured):
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):
+            # Of a rate that is about right half is known after a quarter of an epoch.
+            may_grow &= early | (reading.rate > reading.start_rate)
             threshold = max(threshold, _SOON)
         learns = gain > threshold
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
@@ -226,7 +228,8 @@ class ReferenceLevel(_MissingShare):
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
        first epoch); else rate × 3 while less than half of the reference is reached,
        also if the information falls, which counts go to and fro with then. This mends a
-       start that is far too low. A raise that costs information is undone.
+       start that is far too low. Within the first epoch it begins only while less than
+       half is reached. A raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -299,7 +302,8 @@ class ThresholdDecay(_MissingShare):
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
        g > threshold (0.2, if that is more, within the first epoch); else × 3 while less
        than half of the reference is reached, also if the information falls, which
-       counts go to and fro with then. A raise that costs information is undone.
+       counts go to and fro with then. Within the first epoch it begins only while less
+       than half is reached. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 

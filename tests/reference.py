@@ -172,6 +172,7 @@ def reference_level(
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
         and (early or gain >= 0)
+        and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > (max(share, 0.2) if begins else share):
@@ -212,6 +213,7 @@ def threshold_decay(
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
         and (early or gain >= 0)
+        and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > (max(threshold, 0.2) if begins else threshold):

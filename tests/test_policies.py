@@ -273,8 +273,10 @@ def test_within_the_first_epoch_rates_only_rise(policy):
     # A quarter of an epoch that gains less than a fifth of what is missing.
     assert policy(make_reading(**early | {"previous": 0.7})) == pytest.approx(0.03)
     assert policy(make_reading(**early | {"previous": 0.95})) == pytest.approx(0.03)
-    known = early | {"information": 1.3}
-    assert policy(make_reading(**known | {"previous": 1.1})) == pytest.approx(0.02)
+    known = early | {"information": 1.3, "previous": 1.1}
+    assert policy(make_reading(**known)) == 0.01  # A start that is about right.
+    known |= {"start_rate": 0.001}
+    assert policy(make_reading(**known)) == pytest.approx(0.02)
     for previous in (1.2, 1.3, 1.5):
         assert policy(make_reading(**known | {"previous": previous})) == 0.01
     assert policy(make_reading(**early | {"information": 1.7})) == 0.01
