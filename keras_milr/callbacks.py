@@ -205,11 +205,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             the cross-entropy is not known, as of numbers. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
-            had been known, when the training fails: the loss, the weights or the
-            optimizer's state are not finite, or, with a probe, the output is worse than
-            the same guess for every sample after it was better, or does not depend on
-            the input any more, or is the same for nearly all samples; of continuous
-            targets, only the latter two. A raise of the rate is undone that costs
+            had been known (after a raise, of those before it), when the training fails:
+            the loss, the weights or the optimizer's state are not finite, or, with a
+            probe, the output is worse than the same guess for every sample after it was
+            better, or does not depend on the input any more, or is the same for nearly
+            all samples; of continuous targets, only the latter two. A raise of the rate is undone that costs
             information, where the policy raises it to see what comes: `"decay"` and
             `"reference"` do. Under such a policy it also counts as failed that, for
             three readings in a row, a tenth of H(Y) of what was known is missing and
