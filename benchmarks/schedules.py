@@ -130,6 +130,7 @@ class Driven:
 
     def __init__(self, policy, case, signal, seed):
         self.policy, self.case = keras_milr.policies.get(policy), case
+        self.glides = getattr(self.policy, "glides", False)
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(len(case.x))[:2048]
         self.x, self.y = case.x[chosen], case.y[chosen]

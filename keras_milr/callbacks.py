@@ -457,7 +457,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         part = self._parts * done // length
         if part > self._part:
             self._part, self._batch = part, batch
-            self._update({}, mid_epoch=True, passed=done / length)
+            self._update({}, passed=done / length)
             self._note_state(self._epoch)
         if not self._controller.glides:
             return
@@ -747,8 +747,8 @@ class MutualInformationLR(keras.callbacks.Callback):
 
         Args:
             logs: Logs of the epoch.
-            mid_epoch: Whether it goes on afterwards.
-            passed: Share of the first epoch, for a reading within it.
+            mid_epoch: Whether it goes on afterwards, for the table of a metric.
+            passed: Share of the first epoch, for a reading of a probe within it.
         """
         infos = self._measure(mid_epoch)
         if infos is None:

@@ -92,12 +92,13 @@ class Controller:
             passed: Share of the epoch that has passed, for a reading within the first
                 one. Defaults to `None`, for all others.
         """
-        self._step += 1 if passed is None else 0
+        if passed is None:
+            self._step += 1
         self.glide(1.0)
         self._glide = None
         rate = self.rates.get()
         information = np.array([info.accessible for info in infos])
-        if self._step == 0 and passed is None:
+        if self._previous is None:
             self._previous = self._latest = self._best = information
         self._peak = np.maximum(self._peak, rate)
         self._best = np.maximum(self._best, information)
@@ -110,7 +111,7 @@ class Controller:
             best=self._best,
             reference=np.array([self._reference_of(info) for info in infos]),
             noise=np.array([self._noise(info) for info in infos]),
-            step=self._step if passed is None else self._step + passed,
+            step=self._step if passed is None else passed,
             steps=self._steps,
             rollbacks=self._rollbacks,
         )

@@ -321,6 +321,9 @@ class ThresholdDecay(_MissingShare):
     Where the number of readings is not known, 2. is that of `ReferenceLevel`: rate ×
     clip(g / threshold, cut, 1), and the rate stays where nothing measurable is missing.
 
+    A policy of one's own that calls this one must have `glides = True` too: else its
+    rates are those of the end of each step from its beginning on.
+
     A change within the noise is no change (g = 0). The formula is our own. That
     information decides when and between which bounds a rate decays is the idea of
     Vasudevan (2020).
@@ -455,9 +458,9 @@ def _checked(reading: Reading) -> Reading:
         )
     for name in ("step", "steps", "rollbacks"):
         number = getattr(reading, name)
-        if number is not None or name != "steps":
-            check = check_number if name == "step" else check_integer
-            check(f"reading.{name}", number, at_least=0)
+        early = name == "step" and isinstance(number, float) and 0 < number < 1
+        if not early and (number is not None or name != "steps"):
+            check_integer(f"reading.{name}", number, at_least=0)
             if number > LARGEST:
                 raise ValueError(
                     f"Argument `reading.{name}` must be a number of readings. "
