@@ -164,7 +164,9 @@ class Driven:
         if reading.step > 0 or self.previous is None:
             self.previous = value
         return self.policy(
-            reading._replace(information=value, previous=previous, noise=noise)
+            reading._replace(
+                information=value, previous=previous, noise=noise, bound=None
+            )
         )
 
 

@@ -211,13 +211,15 @@ class MutualInformationLR(keras.callbacks.Callback):
             better, or does not depend on the input any more, or is the same for nearly
             all samples; of continuous targets, only the latter two. A raise of the rate
             is undone that costs information, where the policy raises it to see what
-            comes: `"decay"` and `"reference"` do. Under such a policy it also counts as
-            failed that, for three readings in a row, a tenth of H(Y) of what was known
-            is missing and the cross-entropy is as much higher. A model with batch
-            normalisation only counts as failed by its output if its training loss is no
-            better than a guess, 0.9 H(Y) (1.5 H(Y) in the first 300 steps), since the
-            averages lag behind, and not at all where the loss is no cross-entropy.
-            Each time warns; after the tenth the training stops. Defaults to `True`.
+            comes: `"decay"` and `"reference"` do. A rate that has been reached by
+            raises then comes back as it was, that of the start at a half. Under such a
+            policy it also counts as failed that, for three readings in a row, a tenth
+            of H(Y) of what was known is missing and the cross-entropy is as much
+            higher. A model with batch normalisation only counts as failed by its output
+            if its training loss is no better than a guess, 0.9 H(Y) (1.5 H(Y) in the
+            first 300 steps), since the averages lag behind, and not at all where the
+            loss is no cross-entropy. Each time warns; after the tenth the training
+            stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use. Defaults to
             `None`: the metric on the validation data where the first epoch has
             some, else on the training data.

@@ -114,6 +114,7 @@ class Controller:
             step=self._step if passed is None else passed,
             steps=self._steps,
             rollbacks=self._rollbacks,
+            bound=np.array([info.bound for info in infos], "float64"),
         )
         for value in reading:
             if isinstance(value, np.ndarray):
@@ -195,13 +196,17 @@ class Controller:
             infos: What was read of the weights that the model was set back to.
             reading: The reading of the failure.
             factor: What its rates, or those before the policy raised them, are
-                multiplied with. None: back to those before.
+                multiplied with. None: a raise is undone. Rates that were reached by
+                raises come back as they were. Those of the start, which has not shown
+                to serve, are halved: they may be close below what fails.
         """
         self._rollbacks += 1
         rates = reading.rate
+        if factor is None:
+            factor = np.where(self._before <= self._start, 0.5, 1.0)
         if self._before is not None:
             rates = np.minimum(rates, self._before)
-        rates = self._clipped(rates * (1.0 if factor is None else factor))
+        rates = self._clipped(rates * factor)
         self._before = None
         self.rates.set(rates)
         # As they were set, in float32: a rate below the highest by rounding would count

@@ -51,6 +51,9 @@ class Reading(NamedTuple):
             passed.
         steps: Number of readings planned, or None where it is not known.
         rollbacks: How often the training has been rolled back.
+        bound: H(Y) − CE, the part of the information that the probabilities say, at
+            least 0, nats; NaN where the outputs are not probabilities, and of hidden
+            layers read otherwise. `None` counts as NaN.
     """
 
     rate: np.ndarray
@@ -64,6 +67,7 @@ class Reading(NamedTuple):
     step: float
     steps: int | None
     rollbacks: int
+    bound: np.ndarray | None = None
 
 
 Policy = Callable[[Reading], np.ndarray]
@@ -189,11 +193,14 @@ class _MissingShare(_Configured):
     def _grown(self, rate, reading: Reading, gain, threshold) -> np.ndarray:
         """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
         early = reading.information < 0.5 * reading.reference
+        # The counts of a network that knows nothing are blind to names: often high.
+        known = np.fmin(reading.information, reading.bound)
+        little = known < 0.25 * reading.reference
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == 0)
             & (reading.rate >= reading.peak_rate)
-            & (early | (gain >= 0))  # While little is known, it goes to and fro.
+            & (little | (gain >= 0))  # While little is known, it goes to and fro.
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):
@@ -202,7 +209,8 @@ class _MissingShare(_Configured):
             threshold = max(threshold, _SOON)
         learns = gain > threshold
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
-        return np.where(may_grow & early & ~learns, 3 * reading.rate, rate)
+        stuck = may_grow & early & ~learns
+        return np.where(stuck, np.where(little, 3.0, 1.0) * reading.rate, rate)
 
     @staticmethod
     def _within_first(reading: Reading) -> bool:
@@ -226,10 +234,12 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch); else rate × 3 while less than half of the reference is reached,
-       also if the information falls, which counts go to and fro with then. This mends a
-       start that is far too low. Within the first epoch it begins only while less than
-       half is reached. A raise that costs information is undone.
+       first epoch); else rate × 3 while H(Y) − CE (the information, where there are no
+       probabilities) is less than a quarter of the reference, also if the information
+       falls, since counts go to and fro then; else the rate stays while less than half
+       is reached, be it a low rate or noise in the labels that it comes from. This
+       mends a start that is far too low. Within the first epoch it begins only while
+       less than half is reached. A raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -300,10 +310,12 @@ class ThresholdDecay(_MissingShare):
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold (0.2, if that is more, within the first epoch); else × 3 while less
-       than half of the reference is reached, also if the information falls, which
-       counts go to and fro with then. Within the first epoch it begins only while less
-       than half is reached. A raise that costs information is undone.
+       g > threshold (0.2, if that is more, within the first epoch); else × 3 while
+       H(Y) − CE (the information, where there are no probabilities) is less than a
+       quarter of the reference, also if the information falls, since counts go to and
+       fro then; else it stays while less than half is reached, be it a low rate or
+       noise in the labels that it comes from. Within the first epoch it begins only
+       while less than half is reached. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
@@ -467,9 +479,12 @@ def _checked(reading: Reading) -> Reading:
                     f"Received: {number}"
                 )
     arrays = {}
-    for name in Reading._fields[:8]:
+    for name in (*Reading._fields[:8], "bound"):
+        value = getattr(reading, name)
+        if name == "bound" and value is None:
+            value = np.full(arrays["rate"].shape, np.nan)
         try:
-            array = np.asarray(getattr(reading, name))
+            array = np.asarray(value)
         except ValueError:  # A ragged list.
             array = np.array(None)
         shape = array.shape if not arrays else arrays["rate"].shape
@@ -482,6 +497,8 @@ def _checked(reading: Reading) -> Reading:
             single = array.astype("float32")
         least = -np.inf if name in ("information", "previous", "best") else 0.0
         bad = ~np.isfinite(single) | (single < least)
+        if name == "bound":
+            bad &= ~np.isnan(single)
         bad |= (single == 0) & (name == "reference")
         if np.any(bad):
             raise ValueError(

@@ -137,7 +137,7 @@ class Rollback:
 
         Returns:
             What was read of these weights, an `Information` for each rate, and the
-            factor to lower the rates by; None for the rates before they were raised.
+            factor to lower the rates by; None where a raise is undone.
 
         Raises:
             ValueError: where nothing has been kept.

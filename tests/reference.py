@@ -166,19 +166,23 @@ def reference_level(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
+    known = r["information"]
+    if r["bound"] is not None and not math.isnan(r["bound"]):
+        known = min(known, r["bound"])
+    little = known < 0.25 * r["reference"]
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
-        and (early or gain >= 0)
+        and (little or gain >= 0)
         and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > (max(share, 0.2) if begins else share):
             return 2 * r["rate"]
         if early:
-            return 3 * r["rate"]
+            return 3 * r["rate"] if little else r["rate"]
     if begins:
         return r["rate"]
     kept = r["rate"] * min(max(gain / share, cut), 1.0)
@@ -203,29 +207,33 @@ def threshold_decay(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    known = r["steps"] is not None
-    left = max(r["steps"] - r["step"], 0) if known else None
+    known = r["information"]
+    if r["bound"] is not None and not math.isnan(r["bound"]):
+        known = min(known, r["bound"])
+    little = known < 0.25 * r["reference"]
+    planned = r["steps"] is not None
+    left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1
-    late = known and not begins and (left < tail * r["steps"] or left <= 1)
+    late = planned and not begins and (left < tail * r["steps"] or left <= 1)
     if (
         not late
         and r["step"] <= grow_steps
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
-        and (early or gain >= 0)
+        and (little or gain >= 0)
         and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         if gain > (max(threshold, 0.2) if begins else threshold):
             return 2 * r["rate"]
         if early:
-            return 3 * r["rate"]
+            return 3 * r["rate"] if little else r["rate"]
     if begins:
         return r["rate"]
     learning = gain >= threshold or missing < negligible
     if not late and r["rate"] >= r["peak_rate"] and learning:
         return r["rate"]
-    if not known:
+    if not planned:
         if missing < negligible:
             return r["rate"]
         factor = min(max(gain / threshold, cut), 1.0)

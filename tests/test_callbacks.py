@@ -138,6 +138,7 @@ class TestSettingTheRate:
                 "step": step,
                 "steps": 8,
                 "rollbacks": 0,
+                "bound": bound,
             }
             for key in ("information", "noise", "previous", "reference", "rate"):
                 assert callback.history[step][key] == pytest.approx(

@@ -361,7 +361,7 @@ def test_policy_constants(policy, data):
 @fuzz(300)
 @given(st.sampled_from(POLICIES), st.data())
 def test_policies_on_readings(policy, data):
-    arrays_of = policies.Reading._fields[:8]
+    arrays_of = (*policies.Reading._fields[:8], "bound")
     value = arrays((2,), st.just("float64"), st.floats(1e-9, 10))
     values = {name: data.draw(value) for name in arrays_of}
     absurd = data.draw(st.lists(st.sampled_from(arrays_of), max_size=2))

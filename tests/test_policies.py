@@ -65,6 +65,7 @@ def readings(draw, size=1):
         step=step,
         steps=draw(st.sampled_from([None, 30])),
         rollbacks=draw(st.sampled_from([0, 0, 1])),
+        bound=information * array(st.sampled_from([np.nan, 0.0, 0.5, 1.0])),
     )
 
 
@@ -94,7 +95,7 @@ def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
 @given(reading=readings(), unit=st.sampled_from([1 / np.log(2), 1e-3, 1e3]))
 def test_unit_free(policy, reading, unit):
     """Nats or bits, the rates are the same."""
-    fields = ("information", "previous", "best", "reference", "noise")
+    fields = ("information", "previous", "best", "reference", "noise", "bound")
     other = reading._replace(**{f: getattr(reading, f) * unit for f in fields})
     # Away from the thresholds, where rounding may tip the balance.
     change = np.abs(reading.information - reading.previous)
@@ -103,7 +104,9 @@ def test_unit_free(policy, reading, unit):
     for value, threshold in (
         (change, reading.noise),
         (missing, np.maximum(0.02 * reading.reference, reading.noise)),
+        (reading.information, 0.25 * reading.reference),
         (reading.information, 0.5 * reading.reference),
+        (np.nan_to_num(reading.bound), 0.25 * reading.reference),
         (reading.information, 0.8 * reading.reference),
         (gain, 0.2),
         (gain, 0.1),
@@ -251,14 +254,20 @@ class TestReferenceLevel:
         late = early | {"information": 1.5}
         assert self.policy(make_reading(**late)) == pytest.approx(0.02)
         # Little or nothing was learned, or something lost of the little.
-        for previous in (0.87, 0.9, 0.95, 1.5):
-            reading = make_reading(**early | {"previous": previous})
-            assert self.policy(reading) == pytest.approx(0.03)
+        for little in ({"information": 0.4}, {"bound": 0.1}):
+            known = (early | little)["information"]
+            for previous in (known - 0.03, known, known + 0.05, 1.5):
+                reading = make_reading(**early | little | {"previous": previous})
+                assert self.policy(reading) == pytest.approx(0.03)
+        # Half may be all that noisy labels let it know.
+        for bound in (np.nan, 0.6):
+            reading = make_reading(**early | {"previous": 0.9, "bound": bound})
+            assert self.policy(reading) == 0.01
         for reason in (
             {"step": 9},
             {"rollbacks": 1},
             {"peak_rate": 0.02},
-            {"information": 1.2, "previous": 1.25},  # More than half is known.
+            {"previous": 0.95},  # More than a quarter is known.
             {"information": 1.61},
         ):
             assert self.policy(make_reading(**early | reason)) <= 0.01
@@ -273,8 +282,10 @@ def test_within_the_first_epoch_rates_only_rise(policy):
     early = {"step": 0.5, "steps": 6, "previous": 0.5, "information": 0.9}
     assert policy(make_reading(**early)) == pytest.approx(0.02)
     # A quarter of an epoch that gains less than a fifth of what is missing.
-    assert policy(make_reading(**early | {"previous": 0.7})) == pytest.approx(0.03)
-    assert policy(make_reading(**early | {"previous": 0.95})) == pytest.approx(0.03)
+    for previous in (0.7, 0.95):
+        slow = early | {"previous": previous}
+        assert policy(make_reading(**slow)) == 0.01
+        assert policy(make_reading(**slow, bound=0.1)) == pytest.approx(0.03)
     known = early | {"information": 1.3, "previous": 1.1}
     assert policy(make_reading(**known)) == 0.01  # A start that is about right.
     known |= {"start_rate": 0.001}
@@ -327,9 +338,11 @@ class TestThresholdDecay:
         early = {"step": 3, "previous": 0.5, "information": 0.9}
         assert self.policy(make_reading(steps=40, **early)) == pytest.approx(0.02)
         for previous in (0.88, 0.94, 1.5):
-            slow = early | {"previous": previous}
+            slow = early | {"previous": previous, "bound": 0.1}
             assert self.policy(make_reading(steps=40, **slow)) == pytest.approx(0.03)
-        lost = early | {"information": 1.2, "previous": 1.25}
+        waits = early | {"previous": 0.88}
+        assert self.policy(make_reading(steps=40, **waits)) == 0.01
+        lost = early | {"previous": 0.95}
         assert self.policy(make_reading(steps=40, **lost)) < 0.01
         assert self.policy(make_reading(steps=4, **early)) < 0.01
         assert self.policy(make_reading(**early | {"step": 1}, steps=2)) < 0.01
@@ -411,7 +424,7 @@ class TestAbsurdReadings:
         with pytest.raises(ValueError, match=f"`reading.{field}` must be"):
             policy(make_reading(**{field: 0.5}))
 
-    @pytest.mark.parametrize("field", policies.Reading._fields[:8])
+    @pytest.mark.parametrize("field", [*policies.Reading._fields[:8], "bound"])
     @pytest.mark.parametrize(
         "value",
         [[np.nan], [np.inf], [1e300], [1.0, 2.0], 1.0, ["a"], [1j], [[1], [2, 3]]],
@@ -419,13 +432,19 @@ class TestAbsurdReadings:
     )
     def test_arrays(self, policy, field, value):
         reading = make_reading()._replace(**{field: value})
+        if (field, str(value)) == ("bound", "[nan]"):
+            assert np.isfinite(policy(reading))  # Not known.
+            return
         match = "`reading." if field == "rate" else f"`reading.{field}` must"
         with pytest.raises(ValueError, match=match):
             policy(reading)
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("rate", -0.1), ("noise", -1.0), ("reference", 0.0), ("reference", 1e-300)],
+        [
+            *(("rate", -0.1), ("noise", -1.0), ("bound", -0.1)),
+            *(("reference", 0.0), ("reference", 1e-300)),
+        ],
     )
     def test_limits(self, policy, field, value):
         with pytest.raises(ValueError, match=f"`reading.{field}` must have finite"):

@@ -123,12 +123,15 @@ class TestRaise:
             assert (failure is not None) is failed
 
     @pytest.mark.parametrize("undoes", [True, False])
-    def test_is_undone(self, undoes, digits):
-        """Back to the weights and the rate before the raise."""
-        model = make_model(keras.optimizers.Adam(1e-3))
+    @pytest.mark.parametrize("reached", [True, False], ids=["reached", "start"])
+    def test_is_undone(self, undoes, reached, digits):
+        """Back to the weights before the raise, and to a rate that served."""
+        model = make_model(keras.optimizers.Adam(5e-4 if reached else 1e-3))
 
         def raised(reading):
-            return reading.rate * (50 if reading.step == 3 else 1)
+            if reached and reading.step == 1:
+                return 2 * reading.rate
+            return reading.rate * (100 if reading.step == 3 else 1)
 
         raised.undoes_raises = undoes
         callback = keras_milr.MutualInformationLR(raised, digits)
@@ -144,13 +147,13 @@ class TestRaise:
                 *digits, epochs=5, verbose=0, callbacks=[callback, notes]
             )
         rates = history.history["learning_rate"]
-        np.testing.assert_allclose(rates[:4], [1e-3, 1e-3, 1e-3, 0.05], rtol=1e-5)
+        np.testing.assert_allclose(rates[1:4], [1e-3, 1e-3, 0.1], rtol=1e-5)
         said = [w for w in warned if "after the rate was raised the" in str(w.message)]
         found = [callback.history[i]["information"] for i in (3, 4)]
         assert found[1] < found[0] - 0.2
         if undoes:
             assert len(said) == 1
-            assert rates[4] == pytest.approx(1e-3)
+            assert rates[4] == pytest.approx(1e-3 if reached else 5e-4)
             assert callback.history[4]["rollbacks"] == 0
             assert callback.history[5]["rollbacks"] == 1
             for now, then in zip(*(kept[epoch] for epoch in (4, 3)), strict=True):
