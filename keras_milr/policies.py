@@ -207,7 +207,10 @@ class _MissingShare(_Configured):
             # Of a rate that is about right half is known after a quarter of an epoch.
             may_grow &= early | (reading.rate > reading.start_rate)
             threshold = max(threshold, _SOON)
-        learns = gain > threshold
+        # Also since the best of the readings within the first epoch.
+        learns = (gain > threshold) & (
+            reading.information >= reading.best - reading.noise
+        )
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         stuck = may_grow & early & ~learns
         return np.where(stuck, np.where(little, 3.0, 1.0) * reading.rate, rate)
@@ -234,12 +237,13 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch); else rate × 3 while H(Y) − CE (the information, where there are no
-       probabilities) is less than a quarter of the reference, also if the information
-       falls, since counts go to and fro then; else the rate stays while less than half
-       is reached, be it a low rate or noise in the labels that it comes from. This
-       mends a start that is far too low. Within the first epoch it begins only while
-       less than half is reached. A raise that costs information is undone.
+       first epoch) and no reading was better; else rate × 3 while H(Y) − CE (the
+       information, where there are no probabilities) is less than a quarter of the
+       reference, also if the information falls, since counts go to and fro then; else
+       the rate stays while less than half is reached, be it a low rate or noise in the
+       labels that it comes from. This mends a start that is far too low. Within the
+       first epoch it begins only while less than half is reached. A raise that costs
+       information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -310,12 +314,13 @@ class ThresholdDecay(_MissingShare):
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold (0.2, if that is more, within the first epoch); else × 3 while
-       H(Y) − CE (the information, where there are no probabilities) is less than a
-       quarter of the reference, also if the information falls, since counts go to and
-       fro then; else it stays while less than half is reached, be it a low rate or
-       noise in the labels that it comes from. Within the first epoch it begins only
-       while less than half is reached. A raise that costs information is undone.
+       g > threshold (0.2, if that is more, within the first epoch) and no reading was
+       better; else × 3 while H(Y) − CE (the information, where there are no
+       probabilities) is less than a quarter of the reference, also if the information
+       falls, since counts go to and fro then; else it stays while less than half is
+       reached, be it a low rate or noise in the labels that it comes from. Within the
+       first epoch it begins only while less than half is reached. A raise that costs
+       information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 

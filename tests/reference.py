@@ -179,7 +179,8 @@ def reference_level(
         and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
-        if gain > (max(share, 0.2) if begins else share):
+        fell = r["information"] < r["best"] - r["noise"]
+        if gain > (max(share, 0.2) if begins else share) and not fell:
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"] if little else r["rate"]
@@ -224,7 +225,8 @@ def threshold_decay(
         and (early or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
-        if gain > (max(threshold, 0.2) if begins else threshold):
+        fell = r["information"] < r["best"] - r["noise"]
+        if gain > (max(threshold, 0.2) if begins else threshold) and not fell:
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"] if little else r["rate"]

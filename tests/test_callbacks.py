@@ -121,7 +121,7 @@ class TestSettingTheRate:
         plain["decay"] = reference.threshold_decay
         rate = peak = 1e-3
         entropy = reference.entropy(np.bincount(y))
-        previous, rates = None, []
+        previous, best, rates = None, 0.0, []
         for step, p in enumerate(predictions):
             table = reference.contingency(p.argmax(axis=1), y, 10, 10)
             counted = reference.mutual_information(table, "miller_madow")
@@ -140,6 +140,7 @@ class TestSettingTheRate:
                 "rollbacks": 0,
                 "bound": bound,
             }
+            best = found["best"] = max(best, found["information"])
             for key in ("information", "noise", "previous", "reference", "rate"):
                 assert callback.history[step][key] == pytest.approx(
                     found[key], rel=1e-3, abs=1e-4

@@ -59,7 +59,7 @@ def readings(draw, size=1):
         peak_rate=peak,
         information=information,
         previous=previous,
-        best=np.maximum(information, previous),
+        best=np.maximum(information, previous) * array(st.sampled_from([1, 1, 1.3])),
         reference=ceiling,
         noise=array(st.sampled_from([0.0, 1e-3, 0.01, 0.1])) * ceiling,
         step=step,
@@ -103,6 +103,7 @@ def test_unit_free(policy, reading, unit):
     gain = change / np.maximum(reading.reference - reading.previous, 1e-9)
     for value, threshold in (
         (change, reading.noise),
+        (reading.best - reading.information, reading.noise),
         (missing, np.maximum(0.02 * reading.reference, reading.noise)),
         (reading.information, 0.25 * reading.reference),
         (reading.information, 0.5 * reading.reference),
@@ -175,8 +176,9 @@ def make_reading(**changes):
     """One rate, in the middle of a training that knows 1.5 of 2 nats."""
     scalars = {"step": 20, "steps": None, "rollbacks": 0}
     arrays = {"rate": 0.01, "start_rate": 0.01, "peak_rate": 0.01, "noise": 0.01}
-    arrays |= {"information": 1.5, "previous": 1.0, "best": 1.5, "reference": 2.0}
+    arrays |= {"information": 1.5, "previous": 1.0, "reference": 2.0}
     values = {**scalars, **arrays, **changes}
+    values.setdefault("best", max(values["information"], values["previous"]))
     return policies.Reading(
         **{k: v if k in scalars else np.array([v]) for k, v in values.items()}
     )
@@ -259,6 +261,8 @@ class TestReferenceLevel:
             for previous in (known - 0.03, known, known + 0.05, 1.5):
                 reading = make_reading(**early | little | {"previous": previous})
                 assert self.policy(reading) == pytest.approx(0.03)
+        # Not beyond a rate at which less is known than before it.
+        assert self.policy(make_reading(**early | {"best": 0.92})) == 0.01
         # Half may be all that noisy labels let it know.
         for bound in (np.nan, 0.6):
             reading = make_reading(**early | {"previous": 0.9, "bound": bound})
