@@ -131,6 +131,7 @@ def print_reading(record):
         "step": "number of the reading, a share within the first epoch",
         "steps": "number of readings planned, after epochs",
         "rollbacks": "how often the training failed and was taken back",
+        "bound": "the part of it that the probabilities say, H(Y) - CE",
     }
     print(f"\nA reading: that after epoch {record['epoch'] + 1}")
     for name in keras_milr.policies.Reading._fields:
