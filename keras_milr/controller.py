@@ -196,14 +196,15 @@ class Controller:
             infos: What was read of the weights that the model was set back to.
             reading: The reading of the failure.
             factor: What its rates, or those before the policy raised them, are
-                multiplied with. None: a raise is undone. Rates that were reached by
-                raises come back as they were. Those of the start, which has not shown
-                to serve, are halved: they may be close below what fails.
+                multiplied with. None: a raise is undone. Rates come back as they were,
+                but at a half where they had not been raised before: a start has not
+                shown to serve, and may be close below what fails.
         """
         self._rollbacks += 1
         rates = reading.rate
         if factor is None:
-            factor = np.where(self._before <= self._start, 0.5, 1.0)
+            raised = rates > self._before
+            factor = np.where(raised & (self._before <= self._start), 0.5, 1.0)
         if self._before is not None:
             rates = np.minimum(rates, self._before)
         rates = self._clipped(rates * factor)

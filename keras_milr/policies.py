@@ -207,7 +207,7 @@ class _MissingShare(_Configured):
             # Of a rate that is about right half is known after a quarter of an epoch.
             may_grow &= early | (reading.rate > reading.start_rate)
             threshold = max(threshold, _SOON)
-        # Also since the best of the readings within the first epoch.
+        # A gain over an epoch may hide a loss since its quarters.
         learns = (gain > threshold) & (
             reading.information >= reading.best - reading.noise
         )

@@ -479,8 +479,13 @@ def test_schedules_report(tmp_path):
     path.write_text("\n".join(lines))
     done = run("benchmarks/schedules_report.py", path, f"--figures={tmp_path}")
     assert done.returncode == 0, done.stderr
-    auto = "| auto | +0.00 (2.00) | +0.00 | +0.00 digits | 1/1 | 0 | 1.0 | 0.14 |"
-    decay = "| decay | -22.50 (23.50) | -22.50 | -22.50 digits | 0/1 | 1 | 2.0 | 0.14 |"
+    auto = (
+        "| auto | +0.00 (2.00) | +0.00 | +0.00 digits | -2.00 | 1/1 | 0 | 1.0 | 0.14 |"
+    )
+    decay = (
+        "| decay | -22.50 (23.50) | -22.50 | -22.50 digits | -46.00 | 0/1 | 1 "
+        "| 2.0 | 0.14 |"
+    )
     assert auto in done.stdout
     assert decay in done.stdout
     assert (tmp_path / "schedules.png").stat().st_size > 10_000

@@ -272,6 +272,7 @@ class TestReferenceLevel:
             {"rollbacks": 1},
             {"peak_rate": 0.02},
             {"previous": 0.95},  # More than a quarter is known.
+            {"information": 1.2, "previous": 1.25},
             {"information": 1.61},
         ):
             assert self.policy(make_reading(**early | reason)) <= 0.01
@@ -346,8 +347,8 @@ class TestThresholdDecay:
             assert self.policy(make_reading(steps=40, **slow)) == pytest.approx(0.03)
         waits = early | {"previous": 0.88}
         assert self.policy(make_reading(steps=40, **waits)) == 0.01
-        lost = early | {"previous": 0.95}
-        assert self.policy(make_reading(steps=40, **lost)) < 0.01
+        for lost in ({"previous": 0.95}, {"information": 1.2, "previous": 1.25}):
+            assert self.policy(make_reading(steps=40, **early | lost)) < 0.01
         assert self.policy(make_reading(steps=4, **early)) < 0.01
         assert self.policy(make_reading(**early | {"step": 1}, steps=2)) < 0.01
         never = policies.ThresholdDecay(grow_steps=0)

@@ -300,3 +300,15 @@ def test_a_policy_that_tries_rates_says_so(undoes):
     assert not resumed.tries()
     # Rounded to float32, the rate is still the highest so far.
     assert resumed.read(infos).rate == resumed.read(infos).peak_rate
+
+
+def test_only_a_layer_that_was_raised_from_its_start_comes_back_at_a_half():
+    """`a` was raised once, `b` twice, `c` never."""
+    rates = LayerRates(make_model(layerwise(0.01)), "all")
+    factors = iter(([1.0, 2.0, 1.0], [2.0, 2.0, 1.0]))
+    control = controller(rates, lambda reading: reading.rate * next(factors))
+    act(control, 2)
+    np.testing.assert_allclose(rates.get(), [0.02, 0.04, 0.01], rtol=1e-6)
+    infos = [Information(1.0, 1.0, 2.0, 0.0, 0.01)] * 3
+    control.roll_back(infos, control.read(infos), None)
+    np.testing.assert_allclose(rates.get(), [0.005, 0.02, 0.01], rtol=1e-6)
