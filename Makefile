@@ -56,7 +56,7 @@ bench-quick: $(READY)
 	rm -rf results/quick
 	$(BIN)/python benchmarks/estimators.py --quick --rounds 7 $(QUICK)/estimators.json
 	$(BIN)/python benchmarks/counting.py --quick $(QUICK)/counting.json
-	$(BIN)/python benchmarks/optimizer_step.py --rounds 30 $(QUICK)/optimizer_step.json
+	$(BIN)/python benchmarks/optimizer_step.py --builds 2 --rounds 15 $(QUICK)/optimizer_step.json
 	$(BIN)/python benchmarks/overhead.py --quick $(QUICK)/overhead.json
 	$(BIN)/python benchmarks/schedules.py --workloads digits --seeds 0 1 \
 		--ways Adam decay auto $(QUICK)/schedules.jsonl

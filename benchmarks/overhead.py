@@ -3,9 +3,10 @@
 Trains on Fashion-MNIST with a constant rate and up to five kinds of reading: none; the
 MutualInformation metric; MutualInformationLR with a probe; with a probe that is read
 in the middle of epochs too; and with a probe of all layers, the optimizer wrapped in a
-LayerwiseOptimizer. The policy keeps the rates, so that all do the same training. The
-settings differ in the model (the quickstart's small CNN, or dense networks of 5, 20
-and 100 layers) and in how `fit` compiles and runs its steps.
+LayerwiseOptimizer. The policy keeps the rates, so that all do the same training. A
+second `fit` without readings shows what cannot be told apart. The settings differ in
+the model (the quickstart's small CNN, or dense networks of 5, 20 and 100 layers) and in
+how `fit` compiles and runs its steps.
 
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
 each in a process of its own, take turns, a few batches each, and each is timed in its
@@ -43,7 +44,7 @@ import quickstart
 
 # What `fit` is given, and the kinds of reading to compare with none.
 SETTINGS = {
-    "cnn": ({}, ("metric", "probe", "batches", "layers")),
+    "cnn": ({}, ("without, again", "metric", "probe", "batches", "layers")),
     "cnn, jit_compile": ({"jit_compile": True}, ("metric", "probe", "layers")),
     "cnn, steps_per_execution=4": (
         {"steps_per_execution": 4},

@@ -125,18 +125,20 @@ class Driven:
     """A control: a policy that is shown another signal instead of the information.
 
     It counts in the same nats: a share of H(Y). The signal is taken from predictions
-    for the samples that the probe draws its own from.
+    for the samples that the probe draws its own from. All else is as without: when it
+    is shown a reading, and that a raise that has cost information is undone.
     """
 
     def __init__(self, policy, case, signal, seed):
         self.policy, self.case = keras_milr.policies.get(policy), case
-        self.glides = getattr(self.policy, "glides", False)
+        for name in ("early_readings", "undoes_raises", "glides"):
+            setattr(self, name, getattr(self.policy, name))
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(len(case.x))[:2048]
         self.x, self.y = case.x[chosen], case.y[chosen]
         self.shuffled = rng.permutation(self.y)
         self.signal = signal
-        self.previous = None
+        self.previous = self.latest = self.best = None
 
     def __call__(self, reading):
         p = self.case.model.predict_on_batch(self.x)
@@ -160,14 +162,23 @@ class Driven:
             value = float(mutual_information(table, "miller_madow"))
             noise = 0.0
         value, noise = np.array([value]), np.array([noise])
-        previous = value if self.previous is None else self.previous
-        if reading.step > 0 or self.previous is None:
-            self.previous = value
-        return self.policy(
+        if self.previous is None:
+            self.previous = self.latest = self.best = value
+        within_first = 0 < reading.step < 1
+        self.best = np.maximum(self.best, value)
+        rate = self.policy(
             reading._replace(
-                information=value, previous=previous, noise=noise, bound=None
+                information=value,
+                previous=self.latest if within_first else self.previous,
+                best=self.best,
+                noise=noise,
+                bound=None,
             )
         )
+        if reading.step > 0:
+            self.latest = value
+            self.previous = self.previous if within_first else value
+        return rate
 
 
 class Case:

@@ -188,21 +188,20 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            rate that learned most in the range test (where none learned, the highest
-            that did not fail), else a thousand times the rate at the start; with
-            `layers` the highest multiplier at the start times the former, or times ten
-            times the optimizer's rate.
+            highest rate that trained in the range test, else a thousand times the rate
+            at the start; with `layers` the highest multiplier at the start times the
+            former, or times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
         update_freq: `"epoch"`, or an integer number of batches from one reading to the
             next. With `"epoch"` and a probe, `"decay"` and `"reference"` are also shown
             readings at the quarters of the first epoch, at least 20 batches apart, and
-            raise a rate that is far too low; but none after `learning_rate="auto"`,
-            which has found one, none of a model with batch normalisation, whose
-            averages lag behind, none where classes are so rare that H(Y) is below half
-            of that of equal classes, of which little is known for long, and none where
-            the cross-entropy is not known, as of numbers. Defaults to `"epoch"`.
+            raise a rate that is far too low; but none of a model with batch
+            normalisation, whose averages lag behind, none where classes are so rare
+            that H(Y) is below half of that of equal classes, of which little is known
+            for long, and none where the cross-entropy is not known, as of numbers.
+            Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known (after a raise, of those before it), when the training fails:
@@ -660,9 +659,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._is_auto():
             self._find_rate()
             if max_lr is None:
-                # Beyond it a training learns less, though it may not fail.
                 scale = self._rates.get().max() / self.lr_range.best_lr
-                max_lr = scale * max(self.lr_range.peak_lr, self.min_lr)
+                max_lr = scale * max(self.lr_range.max_lr, self.min_lr)
         self._max_lr = max_lr
         self._controller = self._make_controller()
         if self._probe is None:
@@ -721,17 +719,16 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _parts_of(self, epoch):
         """Into how many parts readings divide an epoch: more than 1 for the first only.
 
-        There they find out whether the rate is far too low, which nobody needs where a
-        range test has found it. Averages of normalisation lag behind, and of rare
-        classes little is known for long: both make any rate look too low. One that is
-        too high looks the same but for the cross-entropy, which not all labels have.
+        There they find out whether the rate is far too low. Averages of normalisation
+        lag behind, and of rare classes little is known for long: both make any rate
+        look too low. One that is too high looks the same but for the cross-entropy,
+        which not all labels have.
         """
         early = getattr(self._policy, "early_readings", 0)
         if (
             epoch != self._first_epoch
             or self.update_freq != "epoch"
             or self._probe is None
-            or self._is_auto()
             or has_statistics(self.model)
             or math.isnan(self._last[0].cross_entropy)
             or sampling.is_skewed(self._sample.labels, self._last[0].entropy)

@@ -305,12 +305,15 @@ class TestWithinAnEpoch:
         within = [r["batch"] for r in callback.history if 0 < r["step"] < 1]
         assert within == batches
 
-    def test_none_where_they_tell_nothing(self, digits):
-        """After a range test, of averages that lag behind, and of rare classes."""
-        auto = keras_milr.MutualInformationLR(
+    def test_after_a_range_test_too(self, digits):
+        callback = keras_milr.MutualInformationLR(
             self.Curious(), digits, learning_rate="auto"
         )
-        fit(auto, digits, epochs=1, batch_size=16)
+        fit(callback, digits, epochs=1, batch_size=16)
+        assert sum(0 < r["step"] < 1 for r in callback.history) == 3
+
+    def test_none_where_they_tell_nothing(self, digits):
+        """Of averages that lag behind, and of rare classes."""
         normalised = keras.Sequential(
             [
                 keras.Input((64,)),
@@ -326,7 +329,7 @@ class TestWithinAnEpoch:
         rare = keras_milr.MutualInformationLR(self.Curious(), of_zeros)
         fit(rare, of_zeros, make_model(units=2), epochs=1, batch_size=16)
         assert rare.history[0]["entropy"] < 0.5 * np.log(2)
-        for callback in (auto, plain, rare):
+        for callback in (plain, rare):
             assert [r["step"] for r in callback.history] == [0, 1]
 
     def test_a_rate_that_is_far_too_low_is_mended_in_the_first_epoch(self, digits):
