@@ -172,7 +172,7 @@ class Driven:
                 previous=self.latest if within_first else self.previous,
                 best=self.best,
                 noise=noise,
-                bound=None,
+                bound=np.maximum(value, 0.0),
             )
         )
         if reading.step > 0:

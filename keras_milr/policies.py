@@ -195,7 +195,10 @@ class _MissingShare(_Configured):
         early = reading.information < 0.5 * reading.reference
         # The counts of a network that knows nothing are blind to names: often high.
         known = np.fmin(reading.information, reading.bound)
-        little = known < 0.25 * reading.reference
+        # Without a bound, as of numbers in bins, a tenth is much: H(bins), which only a
+        # perfect prediction reaches, is 8 times what one with R² = .5 says.
+        share = np.where(np.isnan(reading.bound), 0.1, 0.25)
+        little = known < share * reading.reference
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == 0)
@@ -237,13 +240,13 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch) and no reading was better; else rate × 3 while H(Y) − CE (the
-       information, where there are no probabilities) is less than a quarter of the
-       reference, also if the information falls, since counts go to and fro then; else
-       the rate stays while less than half is reached, be it a low rate or noise in the
-       labels that it comes from. This mends a start that is far too low. Within the
-       first epoch it begins only while less than half is reached. A raise that costs
-       information is undone.
+       first epoch) and no reading was better; else rate × 3 while H(Y) − CE is less
+       than a quarter of the reference (the information less than a tenth, where there
+       are no probabilities), also if the information falls, since counts go to and fro
+       then; else the rate stays while less than half is reached, be it a low rate or
+       noise in the labels that it comes from. This mends a start that is far too low.
+       Within the first epoch it begins only while less than half is reached. A raise
+       that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -315,12 +318,12 @@ class ThresholdDecay(_MissingShare):
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
        g > threshold (0.2, if that is more, within the first epoch) and no reading was
-       better; else × 3 while H(Y) − CE (the information, where there are no
-       probabilities) is less than a quarter of the reference, also if the information
-       falls, since counts go to and fro then; else it stays while less than half is
-       reached, be it a low rate or noise in the labels that it comes from. Within the
-       first epoch it begins only while less than half is reached. A raise that costs
-       information is undone.
+       better; else × 3 while H(Y) − CE is less than a quarter of the reference (the
+       information less than a tenth, where there are no probabilities), also if the
+       information falls, since counts go to and fro then; else it stays while less than
+       half is reached, be it a low rate or noise in the labels that it comes from.
+       Within the first epoch it begins only while less than half is reached. A raise
+       that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 

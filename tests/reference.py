@@ -166,10 +166,9 @@ def reference_level(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    known = r["information"]
+    little = r["information"] < 0.1 * r["reference"]
     if r["bound"] is not None and not math.isnan(r["bound"]):
-        known = min(known, r["bound"])
-    little = known < 0.25 * r["reference"]
+        little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
@@ -208,10 +207,9 @@ def threshold_decay(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    known = r["information"]
+    little = r["information"] < 0.1 * r["reference"]
     if r["bound"] is not None and not math.isnan(r["bound"]):
-        known = min(known, r["bound"])
-    little = known < 0.25 * r["reference"]
+        little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1

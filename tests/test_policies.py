@@ -105,6 +105,7 @@ def test_unit_free(policy, reading, unit):
         (change, reading.noise),
         (reading.best - reading.information, reading.noise),
         (missing, np.maximum(0.02 * reading.reference, reading.noise)),
+        (reading.information, 0.1 * reading.reference),
         (reading.information, 0.25 * reading.reference),
         (reading.information, 0.5 * reading.reference),
         (np.nan_to_num(reading.bound), 0.25 * reading.reference),
@@ -256,17 +257,21 @@ class TestReferenceLevel:
         late = early | {"information": 1.5}
         assert self.policy(make_reading(**late)) == pytest.approx(0.02)
         # Little or nothing was learned, or something lost of the little.
-        for little in ({"information": 0.4}, {"bound": 0.1}):
+        for little in (
+            {"information": 0.15},
+            {"information": 0.4, "bound": 0.4},
+            {"bound": 0.1},
+        ):
             known = (early | little)["information"]
             for previous in (known - 0.03, known, known + 0.05, 1.5):
                 reading = make_reading(**early | little | {"previous": previous})
                 assert self.policy(reading) == pytest.approx(0.03)
         # Not beyond a rate at which less is known than before it.
         assert self.policy(make_reading(**early | {"best": 0.92})) == 0.01
-        # Half may be all that noisy labels let it know.
-        for bound in (np.nan, 0.6):
-            reading = make_reading(**early | {"previous": 0.9, "bound": bound})
-            assert self.policy(reading) == 0.01
+        # Half may be all that noisy labels let it know, a quarter all of numbers.
+        for known, bound in ((0.9, np.nan), (0.9, 0.6), (0.4, np.nan)):
+            here = {"information": known, "previous": known, "bound": bound}
+            assert self.policy(make_reading(**early | here)) == 0.01
         for reason in (
             {"step": 9},
             {"rollbacks": 1},
