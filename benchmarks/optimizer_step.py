@@ -71,6 +71,22 @@ def multi(model, optimizer):
     return keras.optimizers.MultiOptimizer(lambda v: parts[v.path.split("/")[-2]])
 
 
+def take_turns(variants, name, x, y, rng, arguments):
+    """Seconds of each turn of each variant, freshly built."""
+    keras.backend.clear_session()
+    models = {key: build_model(wrap, name, arguments) for key, wrap in variants.items()}
+    for model in models.values():
+        model.train_on_batch(x, y)  # Traces and compiles.
+    seconds = {key: [] for key in models}
+    for _ in range(arguments.rounds):
+        for key in rng.permutation(list(models)).tolist():
+            started = time.perf_counter()
+            for _ in range(arguments.steps):
+                models[key].train_on_batch(x, y)
+            seconds[key].append(time.perf_counter() - started)
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -116,22 +132,6 @@ def main():
         print(f"{name:<{width}} {np.mean(values):>7.3f} {error:>6.3f}")
     ratios = {name: report.quartiles(values) for name, values in medians.items()}
     report.write(arguments.output, arguments, ratios, medians=medians)
-
-
-def take_turns(variants, name, x, y, rng, arguments):
-    """Seconds of each turn of each variant, freshly built."""
-    keras.backend.clear_session()
-    models = {key: build_model(wrap, name, arguments) for key, wrap in variants.items()}
-    for model in models.values():
-        model.train_on_batch(x, y)  # Traces and compiles.
-    seconds = {key: [] for key in models}
-    for _ in range(arguments.rounds):
-        for key in rng.permutation(list(models)).tolist():
-            started = time.perf_counter()
-            for _ in range(arguments.steps):
-                models[key].train_on_batch(x, y)
-            seconds[key].append(time.perf_counter() - started)
-    return seconds
 
 
 if __name__ == "__main__":
