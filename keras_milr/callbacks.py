@@ -39,6 +39,7 @@ from keras_milr.untouched import has_statistics
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _INFORMATION = readouts.Information._fields
+_FEW_STEPS = 30  # of an epoch
 _NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
 _LEAST_PART = 20  # batches from one reading of the first epoch to the next
 _GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
@@ -188,9 +189,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            highest rate that trained in the range test, else a thousand times the rate
-            at the start; with `layers` the highest multiplier at the start times the
-            former, or times ten times the optimizer's rate.
+            highest rate that trained in the range test, or, where an epoch has fewer
+            than 30 steps, the one that was found; else a thousand times the rate at the
+            start. With `layers` the highest multiplier at the start times that of
+            `"auto"`, or times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
@@ -649,6 +651,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._max_lr,
             self._planned_steps(self._first_epoch),
             self._noise,
+            self._is_auto() and self.lr_range.found,
             resumed,
         )
 
@@ -659,8 +662,12 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._is_auto():
             self._find_rate()
             if max_lr is None:
-                scale = self._rates.get().max() / self.lr_range.best_lr
-                max_lr = scale * max(self.lr_range.max_lr, self.min_lr)
+                found = self.lr_range
+                # So few steps gain much at rates that are too high for many.
+                few = self._length is not None and self._length < _FEW_STEPS
+                highest = found.best_lr if found.found and few else found.max_lr
+                scale = self._rates.get().max() / found.best_lr
+                max_lr = scale * max(highest, self.min_lr)
         self._max_lr = max_lr
         self._controller = self._make_controller()
         if self._probe is None:

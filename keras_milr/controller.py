@@ -22,6 +22,7 @@ class Controller:
         max_lr: Upper bound of every rate, or None for `rates.ceiling`.
         steps: Number of readings planned, or None.
         noise: Function from an `Information` to the noise of its changes.
+        searched: Whether the rates come from a range test.
         state: Of `state()`, where the training goes on. Defaults to `None`.
 
     Raises:
@@ -29,7 +30,16 @@ class Controller:
     """
 
     def __init__(
-        self, rates, policy, reference, min_lr, max_lr, steps, noise, state=None
+        self,
+        rates,
+        policy,
+        reference,
+        min_lr,
+        max_lr,
+        steps,
+        noise,
+        searched,
+        state=None,
     ):
         self.rates = rates
         self._policy = policy
@@ -37,6 +47,7 @@ class Controller:
         self._bounds = min_lr, max_lr
         self._steps = steps
         self._noise = noise
+        self._searched = searched
         if state is None:
             self._start = self._peak = rates.get()
             check_bounds(self._start, min_lr, max_lr)
@@ -115,6 +126,7 @@ class Controller:
             steps=self._steps,
             rollbacks=self._rollbacks,
             bound=np.array([info.bound for info in infos], "float64"),
+            searched=self._searched,
         )
         for value in reading:
             if isinstance(value, np.ndarray):

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_milr._arguments import LARGEST, check_integer, check_number
+from keras_milr._arguments import LARGEST, check_bool, check_integer, check_number
 
 
 class Reading(NamedTuple):
@@ -54,6 +54,8 @@ class Reading(NamedTuple):
         bound: H(Y) − CE, the part of the information that the probabilities say, at
             least 0, nats; NaN where the outputs are not probabilities, and of hidden
             layers read otherwise. `None` counts as NaN.
+        searched: Whether the start rates were found by a range test, so that none far
+            above them learns better. Defaults to `False`.
     """
 
     rate: np.ndarray
@@ -68,6 +70,7 @@ class Reading(NamedTuple):
     steps: int | None
     rollbacks: int
     bound: np.ndarray | None = None
+    searched: bool = False
 
 
 Policy = Callable[[Reading], np.ndarray]
@@ -199,6 +202,8 @@ class _MissingShare(_Configured):
         # perfect prediction reaches, is 8 times what one with R² = .5 says.
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
         little = known < share * reading.reference
+        # A rate that was searched for is not far too low: few can learn more.
+        little &= not reading.searched
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == 0)
@@ -240,13 +245,13 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch) and no reading was better; else rate × 3 while H(Y) − CE is less
-       than a quarter of the reference (the information less than a tenth, where there
-       are no probabilities), also if the information falls, since counts go to and fro
-       then; else the rate stays while less than half is reached, be it a low rate or
-       noise in the labels that it comes from. This mends a start that is far too low.
-       Within the first epoch it begins only while less than half is reached. A raise
-       that costs information is undone.
+       first epoch) and no reading was better; else, unless a range test found the
+       start, rate × 3 while H(Y) − CE is less than a quarter of the reference (the
+       information less than a tenth, where there are no probabilities), also if the
+       information falls, since counts go to and fro then; else the rate stays while
+       less than half is reached, be it a low rate or noise in the labels that it comes
+       from. This mends a start that is far too low. Within the first epoch it begins
+       only while less than half is reached. A raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -318,12 +323,12 @@ class ThresholdDecay(_MissingShare):
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
        g > threshold (0.2, if that is more, within the first epoch) and no reading was
-       better; else × 3 while H(Y) − CE is less than a quarter of the reference (the
-       information less than a tenth, where there are no probabilities), also if the
-       information falls, since counts go to and fro then; else it stays while less than
-       half is reached, be it a low rate or noise in the labels that it comes from.
-       Within the first epoch it begins only while less than half is reached. A raise
-       that costs information is undone.
+       better; else, unless a range test found the start, × 3 while H(Y) − CE is less
+       than a quarter of the reference (the information less than a tenth, where there
+       are no probabilities), also if the information falls, since counts go to and fro
+       then; else it stays while less than half is reached, be it a low rate or noise in
+       the labels that it comes from. Within the first epoch it begins only while less
+       than half is reached. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
@@ -486,6 +491,7 @@ def _checked(reading: Reading) -> Reading:
                     f"Argument `reading.{name}` must be a number of readings. "
                     f"Received: {number}"
                 )
+    check_bool("reading.searched", reading.searched)
     arrays = {}
     for name in (*Reading._fields[:8], "bound"):
         value = getattr(reading, name)

@@ -43,6 +43,7 @@ class LRRange(NamedTuple):
         start: Information before any training.
         entropy: H(Y), all the information there is to have.
         steps: Training steps of all candidates together.
+        found: Whether any rate raised the information beyond the noise.
     """
 
     min_lr: float
@@ -58,6 +59,7 @@ class LRRange(NamedTuple):
     start: float
     entropy: float
     steps: int
+    found: bool
 
     def plot(self):
         """Draws information, loss and accuracy over the rates.
@@ -270,6 +272,7 @@ def _result(trial):
         start=float(trial.start.info.accessible),
         entropy=trial.start.info.entropy,
         steps=trial.taken,
+        found=bool(moved),
     )
 
 

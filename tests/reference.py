@@ -169,6 +169,7 @@ def reference_level(
     little = r["information"] < 0.1 * r["reference"]
     if r["bound"] is not None and not math.isnan(r["bound"]):
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+    little = little and not r["searched"]
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
@@ -210,6 +211,7 @@ def threshold_decay(
     little = r["information"] < 0.1 * r["reference"]
     if r["bound"] is not None and not math.isnan(r["bound"]):
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+    little = little and not r["searched"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1

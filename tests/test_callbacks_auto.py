@@ -39,19 +39,36 @@ def fit(model, data, callback, **arguments):
     return model.fit(*data, callbacks=[callback], **arguments)
 
 
+class SearchedFor:
+    """A policy that takes the rate at the start for one that a range test found."""
+
+    def __init__(self, policy):
+        self._policy = policy
+        for name in ("early_readings", "undoes_raises", "glides"):
+            setattr(self, name, getattr(policy, name))
+
+    def __call__(self, reading):
+        return self._policy(reading._replace(searched=True))
+
+
 def test_it_trains_as_from_the_rate_that_the_range_test_finds(data):
     """Bit for bit: the range test in `fit` leaves no trace in what follows."""
     auto = MutualInformationLR(probe_data=data, learning_rate="auto")
     model = make_model()
     logs = fit(model, data, auto).history
     found = lr_range_test(make_model(), *data, batch_size=10, verbose=0)
+    policy = keras_milr.policies.get("decay")
     by_hand = MutualInformationLR(
-        probe_data=data, learning_rate=found.best_lr, max_lr=found.max_lr
+        SearchedFor(policy), data, learning_rate=found.best_lr, max_lr=found.max_lr
     )
     other = make_model()
     assert fit(other, data, by_hand).history == logs
     for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    for record in auto.history:
+        assert record.pop("searched") is not by_hand.history[0]["searched"]
+    for record in by_hand.history:
+        del record["searched"]
     if NAME == "tensorflow":
         assert auto.history == by_hand.history
     for a, b in zip(auto.history, by_hand.history, strict=True):
@@ -69,6 +86,18 @@ def test_the_policy_stays_within_the_rates_that_trained(data):
     )
     rates = fit(make_model(), data, callback).history["learning_rate"]
     assert rates[-1] == pytest.approx(callback.lr_range.max_lr)
+
+
+def test_epochs_of_few_steps_do_not_raise_what_was_found(data):
+    rates = {}
+    for batch_size in (20, 23):  # 32 steps, and 28.
+        callback = MutualInformationLR(
+            lambda reading: 1.5 * reading.rate, data, learning_rate="auto"
+        )
+        logs = fit(make_model(), data, callback, batch_size=batch_size).history
+        rates[batch_size] = np.array(logs["learning_rate"]) / callback.lr_range.best_lr
+    np.testing.assert_allclose(rates[20], [1, 1.5, 2.25], rtol=1e-6)
+    np.testing.assert_allclose(rates[23], [1, 1, 1], rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")

@@ -90,16 +90,15 @@ class TestLogs:
     def test_history_has_each_layer_and_serialises(self, digits):
         callback = make("relative", digits)
         fit(callback, digits)
-        arrays = set(policies.Reading._fields) - {"step", "steps", "rollbacks"}
+        scalars = {"step", "steps", "rollbacks", "searched"}
+        arrays = set(policies.Reading._fields) - scalars
         arrays |= set(readouts.Information._fields)
         assert [r["step"] for r in callback.history] == [0, 1, 2]
         for record in callback.history:
             for key in arrays:
                 assert list(record[key]) == LAYERS
             assert set(record["output"]) == set(readouts.Information._fields)
-            assert set(record) == arrays | {
-                *("epoch", "batch", "step", "steps", "rollbacks", "output")
-            }
+            assert set(record) == arrays | scalars | {"epoch", "batch", "output"}
         assert json.loads(json.dumps(callback.history)) == callback.history
 
     def test_messages(self, digits, capsys):

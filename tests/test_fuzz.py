@@ -372,6 +372,7 @@ def test_policies_on_readings(policy, data):
         step=data.draw(number),
         steps=data.draw(st.one_of(st.none(), number)),
         rollbacks=data.draw(number),
+        searched=data.draw(mostly(st.booleans())),
     )
     rates = tried(
         f"policies.{policy.__name__} called", lambda: policy()(reading), "reading"

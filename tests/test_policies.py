@@ -66,6 +66,7 @@ def readings(draw, size=1):
         steps=draw(st.sampled_from([None, 30])),
         rollbacks=draw(st.sampled_from([0, 0, 1])),
         bound=information * array(st.sampled_from([np.nan, 0.0, 0.5, 1.0])),
+        searched=draw(st.booleans()),
     )
 
 
@@ -296,6 +297,8 @@ def test_within_the_first_epoch_rates_only_rise(policy):
         slow = early | {"previous": previous}
         assert policy(make_reading(**slow)) == 0.01
         assert policy(make_reading(**slow, bound=0.1)) == pytest.approx(0.03)
+        found = make_reading(**slow, bound=0.1)._replace(searched=True)
+        assert policy(found) == 0.01  # Not far too low: few labels tell more.
     known = early | {"information": 1.3, "previous": 1.1}
     assert policy(make_reading(**known)) == 0.01  # A start that is about right.
     known |= {"start_rate": 0.001}
@@ -465,6 +468,10 @@ class TestAbsurdReadings:
     def test_numbers(self, policy, field, value):
         with pytest.raises((TypeError, ValueError), match=f"`reading.{field}` must be"):
             policy(make_reading()._replace(**{field: value}))
+
+    def test_searched(self, policy):
+        with pytest.raises(TypeError, match=r"`reading.searched` must be True or"):
+            policy(make_reading()._replace(searched=1))
 
     def test_other_than_a_reading(self, policy):
         with pytest.raises(TypeError, match=r"`reading` must be a policies\.Reading"):

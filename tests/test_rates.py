@@ -221,7 +221,8 @@ class TestLayerRates:
 
 def controller(rates, policy, min_lr=0.0, max_lr=None, state=None):
     return Controller(
-        *(rates, policy, None, min_lr, max_lr, 10, lambda info: info.noise, state)
+        *(rates, policy, None, min_lr, max_lr, 10, lambda info: info.noise, False),
+        state=state,
     )
 
 
