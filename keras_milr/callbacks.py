@@ -651,7 +651,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._max_lr,
             self._planned_steps(self._first_epoch),
             self._noise,
-            self._is_auto() and self.lr_range.found,
+            self.lr_range is not None and self.lr_range.found,
             resumed,
         )
 
