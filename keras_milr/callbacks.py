@@ -663,7 +663,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._find_rate()
             if max_lr is None:
                 found = self.lr_range
-                # So few steps gain much at rates that are too high for many.
+                # What a raise gains in so few steps may be too high a rate for more.
                 few = self._length is not None and self._length < _FEW_STEPS
                 highest = found.best_lr if found.found and few else found.max_lr
                 scale = self._rates.get().max() / found.best_lr

@@ -202,7 +202,7 @@ class _MissingShare(_Configured):
         # perfect prediction reaches, is 8 times what one with R² = .5 says.
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
         little = known < share * reading.reference
-        # A rate that was searched for is not far too low: few can learn more.
+        # Nothing far above a rate that a range test found learns better.
         little &= not reading.searched
         may_grow = (
             (reading.step <= self.grow_steps)

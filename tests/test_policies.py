@@ -298,7 +298,7 @@ def test_within_the_first_epoch_rates_only_rise(policy):
         assert policy(make_reading(**slow)) == 0.01
         assert policy(make_reading(**slow, bound=0.1)) == pytest.approx(0.03)
         found = make_reading(**slow, bound=0.1)._replace(searched=True)
-        assert policy(found) == 0.01  # Not far too low: few labels tell more.
+        assert policy(found) == 0.01  # It cannot be far too low.
     known = early | {"information": 1.3, "previous": 1.1}
     assert policy(make_reading(**known)) == 0.01  # A start that is about right.
     known |= {"start_rate": 0.001}
