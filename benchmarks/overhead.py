@@ -151,6 +151,7 @@ def keep_early(reading):
 
 keep_early.early_readings = 3
 
+
 def build_model(setting, input_shape):
     kind = setting.split(",")[0]
     if kind == "cnn":

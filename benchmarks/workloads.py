@@ -3,8 +3,8 @@
 Half of them are for tuning: whatever is chosen, a policy, a constant, is chosen on
 them. The others are run once everything is frozen; two of these, a third group, have
 labels that are no classes. "Further tuning" are noisy and small sets, on which rules
-were found later that those for tuning could not show. Sets are cut to 10,000 samples and
-the trainings to few epochs, so that hundreds of them fit into hours. The order of
+were found later that those for tuning could not show. Sets are cut to 10,000 samples
+and the trainings to few epochs, so that hundreds of them fit into hours. The order of
 samples, and what is cut, never changes: seeds change initial weights and batches.
 
 MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
