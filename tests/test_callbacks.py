@@ -139,6 +139,7 @@ class TestSettingTheRate:
                 "steps": 8,
                 "rollbacks": 0,
                 "bound": bound,
+                "searched": False,
             }
             best = found["best"] = max(best, found["information"])
             for key in ("information", "noise", "previous", "reference", "rate"):
