@@ -141,15 +141,14 @@ class Timed(keras_milr.MutualInformationLR):
             self.before_training += time.perf_counter() - started
 
 
-def keep(reading):
-    return reading.rate
+def keep_rates(early_readings):
+    """A policy that only reads, as often within the first epoch as it is told to."""
 
+    def policy(reading):
+        return reading.rate
 
-def keep_early(reading):
-    return reading.rate
-
-
-keep_early.early_readings = 3
+    policy.early_readings = early_readings
+    return policy
 
 
 def build_model(setting, input_shape):
@@ -179,7 +178,7 @@ def train(setting, variant, clock, x, y, arguments):
     if variant in ("probe", "early", "batches", "layers"):
         batches = -(-len(x) // arguments.batch_size)
         callback = Timed(
-            *(keep_early if variant == "early" else keep, (x, y)),
+            *(keep_rates(3 if variant == "early" else 0), (x, y)),
             *(arguments.probe_size, layers),
             update_freq=batches // PER_EPOCH if variant == "batches" else "epoch",
         )

@@ -1,11 +1,11 @@
 """Real data and small networks to compare learning rates on.
 
-Half of them are for tuning: whatever is chosen, a policy, a constant, is chosen on
-them. The others are run once everything is frozen; two of these, a third group, have
-labels that are no classes. "Further tuning" are noisy and small sets, on which rules
-were found later that those for tuning could not show. Sets are cut to 10,000 samples
-and the trainings to few epochs, so that hundreds of them fit into hours. The order of
-samples, and what is cut, never changes: seeds change initial weights and batches.
+Whatever is chosen, a policy, a constant, is chosen on those for tuning and for further
+tuning; the latter are noisy and small, which the former do not show. The others are run
+once everything is frozen; two of these, a group of their own, have labels that are no
+classes. Sets are cut to 10,000 samples and the trainings to few epochs, so that
+hundreds of them fit into hours. The order of samples, and what is cut, never changes:
+seeds change initial weights and batches.
 
 MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
 the others from a folder of UCI sets (`--uci`, or the environment variable
@@ -284,11 +284,11 @@ def _resnet(x):
 
 
 def _wine(uci):
-    """Three grades of white wine, which experts hardly agree on."""
-    with gzip.open(Path(uci) / "winequality-white.csv.gz", "rt") as file:
-        data = np.array(list(csv.reader(file)), "float64")
-    x = (data[:, :-1] - data[:, :-1].mean(0)) / data[:, :-1].std(0)
-    return _split(x.astype("float32"), np.clip(data[:, -1], 5, 7) - 5, 3_400, 1_498)
+    """White wine in three grades."""
+    file = Path(uci) / "winequality-white.csv.gz"
+    *columns, grade = np.loadtxt(file, delimiter=",").T
+    x = np.stack([(c - c.mean()) / c.std() for c in columns], axis=1)
+    return _split(x.astype("float32"), np.clip(grade, 5, 7) - 5, 3_400, 1_498)
 
 
 def _mnist(uci):

@@ -662,11 +662,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._is_auto():
             self._find_rate()
             if max_lr is None:
-                found = self.lr_range
-                # What a raise gains in so few steps may be too high a rate for more.
-                few = self._length is not None and self._length < _FEW_STEPS
-                highest = found.best_lr if found.found and few else found.max_lr
-                scale = self._rates.get().max() / found.best_lr
+                highest = self.lr_range.max_lr
+                if self.lr_range.found and (self._length or _FEW_STEPS) < _FEW_STEPS:
+                    # A gain in so few steps does not show that a raise serves more.
+                    highest = self.lr_range.best_lr
+                scale = self._rates.get().max() / self.lr_range.best_lr
                 max_lr = scale * max(highest, self.min_lr)
         self._max_lr = max_lr
         self._controller = self._make_controller()

@@ -22,7 +22,7 @@ class Controller:
         max_lr: Upper bound of every rate, or None for `rates.ceiling`.
         steps: Number of readings planned, or None.
         noise: Function from an `Information` to the noise of its changes.
-        searched: Whether the rates come from a range test.
+        searched: Whether a range test found the rates at the start.
         state: Of `state()`, where the training goes on. Defaults to `None`.
 
     Raises:

@@ -54,8 +54,8 @@ class Reading(NamedTuple):
         bound: H(Y) − CE, the part of the information that the probabilities say, at
             least 0, nats; NaN where the outputs are not probabilities, and of hidden
             layers read otherwise. `None` counts as NaN.
-        searched: Whether the start rates were found by a range test, so that none far
-            above them learns better. Defaults to `False`.
+        searched: Whether a range test found the start rates, so that none far above
+            them learns better. Defaults to `False`.
     """
 
     rate: np.ndarray
