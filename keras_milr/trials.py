@@ -104,11 +104,11 @@ class Trial:
         """Whether most of what was known at a lower rate, or at the start, is lost.
 
         With the loss of a constant predictor, H(Y), or a higher one. Where something is
-        still known, or training had added nothing so far, or not even the shares of
-        rare classes were known, the loss has to be worse than before too: predictions
-        that become less sure of what is wrong pass through a state with less
-        information on their way to learning. Where nothing was known there is nothing
-        to lose, and the loss has to be far beyond.
+        still known, or training had added nothing so far, or the loss was above H(Y)
+        before, the loss has to be worse than before too: predictions that become less
+        sure of what is wrong, or have yet to learn the shares of the classes, pass
+        through a state with less information on their way to learning. Where nothing
+        was known there is nothing to lose, and the loss has to be far beyond.
         """
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
@@ -117,7 +117,9 @@ class Trial:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
         limit = 0.95 * entropy
         added = known > 1.1 * self.start.info.accessible
-        lucky = self.skewed and best.loss > _GUESS * entropy
+        # Units that are dead say the same of most samples.
+        alive = self.skewed or not row.info.repeated > 0.5
+        lucky = alive and best.loss > _GUESS * entropy
         if lucky or not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.

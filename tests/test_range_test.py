@@ -530,6 +530,19 @@ def test_inverted_outputs_are_no_failure(data):
 
 
 @pytest.mark.backends("tensorflow", reason=backends.DRAWN)
+def test_learning_the_shares_of_classes_is_no_failure(digits):
+    """A network passes through the guess that is the same for every sample."""
+    x, y = digits
+    y = np.array([0, 0, 0, 0, 0, 0, 0, 1, 2, 3], "int32")[y]
+    for seed in range(6):
+        keras.utils.set_random_seed(seed)
+        model = plain_model(keras.optimizers.SGD(momentum=0.9), 4)
+        found = find(model, x, y, candidates=10 ** np.arange(-4, -0.9, 0.25), steps=15)
+        assert not found.failed.any()
+        assert found.best_lr > 0.005
+
+
+@pytest.mark.backends("tensorflow", reason=backends.DRAWN)
 def test_lower_rates_are_tried_where_the_lowest_is_the_best(digits):
     """Inputs a thousand times too large want rates that are a millionth."""
     found = find(plain_model("sgd"), digits[0] * 300, digits[1])
