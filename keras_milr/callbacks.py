@@ -184,8 +184,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             labels and outputs together.
         learning_rate: The rate to start with. Float, or `"auto"` to find one by
             `lr_range_test` on `probe_data` before the first epoch, which costs at most
-            an epoch of them and leaves no trace. Its batches are those of a dataset;
-            of arrays they have the size that makes as many as `fit` has, or 32.
+            an epoch of them, or seven steps, and leaves no trace. Its batches are those
+            of a dataset; of arrays they have the size that makes as many as `fit` has,
+            or 32.
             Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the

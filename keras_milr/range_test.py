@@ -113,9 +113,9 @@ def lr_range_test(
     information at no rate, it is the optimizer's own, a warning says so, and nothing is
     known of the best but that it is not above `max_lr`.
 
-    All trainings together take no more steps than one epoch, unless `steps` or
-    `max_steps` ask for more. Each is also read once, which is a prediction of at most
-    `probe_size` samples.
+    All trainings together take no more steps than one epoch, or one for each rate where
+    it has fewer, unless `steps` or `max_steps` ask for more. Each is also read once,
+    which is a prediction of at most `probe_size` samples.
 
     It leaves no trace. Weights, optimizer, metrics, statistics of batch normalisation,
     random generators and compiled functions are as before, so that what is trained
@@ -165,7 +165,7 @@ def lr_range_test(
         class_weight: Dict from class to weight, in training only, as `fit` takes it.
             Defaults to `None`.
         max_steps: Integer, training steps of all rates together, where `steps` is not
-            given. Defaults to `None`: one epoch.
+            given. Defaults to `None`: one epoch, or as many as there are rates.
         output: Name of the output to judge by, where the model has several. Defaults to
             `None`: the mean over outputs, by their loss weights.
         targets: Kind of the labels, or a dict from the names of outputs to kinds; see
@@ -215,7 +215,7 @@ def lr_range_test(
             epoch = math.ceil(rows.batch_sizes[0] / batch_size)
         count = trials.COUNT if candidates is None else len(candidates)
         if steps is None:
-            budget = max_steps or epoch
+            budget = max_steps or max(epoch, count)
             steps = trials.affordable_steps(budget, candidates)
         else:
             budget = count * steps

@@ -132,8 +132,7 @@ def affordable_steps(budget, candidates):
     if budget < least:
         raise ValueError(
             f"{budget} training step(s) are too few to try {least} learning rates. "
-            "Pass `steps`, for each of them, or `max_steps`, for all: by default it is "
-            "the number of batches in an epoch."
+            "Pass a larger `max_steps`, for all, or `steps`, for each."
         )
     count = COUNT if candidates is None else len(candidates)
     return max(1, min(STEPS, budget // count))

@@ -310,6 +310,16 @@ def test_at_most_an_epoch(digits, steps, batch_size, capsys):
     assert found.steps > 0.5 * min(7 * each, epoch)
 
 
+def test_an_epoch_of_few_steps(digits, steps, capsys):
+    """Each rate has one step, though that is more than an epoch."""
+    model = plain_model(keras.optimizers.Adam())
+    found = find(model, *digits, batch_size=900, verbose=1)
+    assert len(found.rates) == len(steps) == found.steps == 7
+    assert "at most 7 steps or 350% of an epoch" in capsys.readouterr().out
+    candidates = np.geomspace(1e-3, 1e-1, 9)
+    assert find(model, *digits, batch_size=900, candidates=candidates).steps == 9
+
+
 def test_max_steps(data, steps):
     find(plain_model(), *data, max_steps=50)
     assert 25 < len(steps) <= 50
@@ -686,7 +696,6 @@ def test_a_dataset_goes_on_shuffling_as_without(data):
         ({"steps": 5, "max_steps": 9}, ValueError, "`steps` and `max_steps` exclude"),
         ({"max_steps": 4}, ValueError, "are too few to try 5 learning rates"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be an integer"),
-        ({"batch_size": 640}, ValueError, r"1 training step\(s\) are too few"),
         ({"probe_size": 1}, ValueError, "`probe_size` must be an integer, at least 2"),
         ({"probe_size": 15}, ValueError, "`probe_size` must be at least 2 for each"),
         ({"seed": -1}, ValueError, "`seed` must be an integer"),
