@@ -9,7 +9,8 @@ Ways that need a rate are run from each rate of a grid, half a decade apart: `co
 `one-cycle` (linear up in three tenths, cosine down), the last three in every batch.
 Their best rate is chosen by the mean score over the seeds **on the test data**, which
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
-(`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours:
+(`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours
+(the workloads of other optimizers are run in a few of these ways only):
 
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
@@ -54,7 +55,7 @@ GRID = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
     "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
 }
-DEFAULT_RATE = {"sgd": 1e-2, "adam": 1e-3}
+WIDE_GRID = (*GRID["adam"], 0.3, 1.0, 3.0, 10.0)  # Of any other optimizer.
 BY_HAND = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 
 
@@ -265,21 +266,37 @@ class Cases:
         return self.kept[key]
 
 
-def _optimizer(name, kind):
+def _optimizer(name, kind="plain"):
     if kind in OPTIMIZERS:
         return getattr(keras.optimizers, kind)()
-    if WORKLOADS[name].optimizer == "sgd" or kind == SPECTRAL:
+    own = WORKLOADS[name].optimizer
+    if own == "sgd" or kind == SPECTRAL:
         return keras.optimizers.SGD(momentum=0.9)
-    return keras.optimizers.Adam()
+    return getattr(keras.optimizers, "Adam" if own == "adam" else own)()
+
+
+def grid(name):
+    """The rates that a schedule is tuned by on a workload."""
+    return GRID.get(WORKLOADS[name].optimizer, WIDE_GRID)
+
+
+def default_rate(name):
+    """That of Keras for the optimizer of a workload."""
+    return round(float(keras.ops.convert_to_numpy(_optimizer(name).learning_rate)), 6)
 
 
 def ways(name):
     """All ways to train a workload: (way, rate or None)."""
-    workload = WORKLOADS[name]
-    grid = GRID[workload.optimizer]
-    controls = CONTROLS if workload.half != "other labels" else ()
+    half = WORKLOADS[name].half
+    if half == "other optimizers":
+        return [
+            *(("cosine", rate) for rate in grid(name)),
+            ("constant", default_rate(name)),
+            *((way, None) for way in ("ReduceLROnPlateau", "auto", "decay")),
+        ]
+    controls = CONTROLS if half != "other labels" else ()
     return [
-        *((way, rate) for way in SCHEDULES for rate in grid),
+        *((way, rate) for way in SCHEDULES for rate in grid(name)),
         *((way, None) for way in OPTIMIZERS if hasattr(keras.optimizers, way)),
         *(("ReduceLROnPlateau", None), (SPECTRAL, None)),
         *(("auto", None), ("auto, layers", None)),
@@ -296,7 +313,7 @@ def run(cases, name, way, rate, seed, uci):
     kind = "layers" if way == "auto, layers" else "plain"
     kind = way if way in (*OPTIMIZERS, SPECTRAL) else kind
     case = cases.get(name, kind, uci)
-    default = DEFAULT_RATE[WORKLOADS[name].optimizer]
+    default = default_rate(name)
     data, steps = (case.x, case.y), case.steps()
 
     def ours(policy=None, **arguments):

@@ -1,12 +1,12 @@
 """Tables and figures of what `schedules.py` has found.
 
-For each half of the workloads, and those with labels that are no classes: the score of
-every way against the tuned cosine, in points, paired by seed (mean, standard error over
-seeds, median and worst workload, and the worst training of all); its mean rank among
-the ways that were given no tuning and were run on all; its cost, tuning included, as a
-share of that of the cosine's grid; and how often it failed, which is to end more than
-10 points behind. Then the same by workload. Whatever is missing from the file is left
-out, and counted.
+For each half of the workloads, those with labels that are no classes, and those with
+other optimizers: the score of every way against the tuned cosine, in points, paired by
+seed (mean, standard error over seeds, median and worst workload, and the worst training
+of all); its mean rank among the ways that were given no tuning and were run on all; its
+cost, tuning included, as a share of that of the cosine's grid; and how often it failed,
+which is to end more than 10 points behind. Then the same by workload. Whatever is
+missing from the file is left out, and counted.
 
     python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
 """
@@ -21,11 +21,11 @@ import numpy as np
 from schedules import (
     BY_HAND,
     CONTROLS,
-    DEFAULT_RATE,
-    GRID,
     OPTIMIZERS,
     SCHEDULES,
     SPECTRAL,
+    default_rate,
+    grid,
 )
 from workloads import WORKLOADS
 
@@ -54,8 +54,7 @@ class Results:
 
     def tuned(self, name, way):
         """(rate, scores by seed) of the best rate of the grid; None if incomplete."""
-        grid = GRID[WORKLOADS[name].optimizer]
-        rows = {rate: self.scores(name, way, rate) for rate in grid}
+        rows = {rate: self.scores(name, way, rate) for rate in grid(name)}
         counts = {len(scores) for scores in rows.values()}
         if len(counts) > 1 or counts == {0}:
             return None
@@ -68,17 +67,16 @@ class Results:
             found = self.tuned(name, way)
             return found[1] if found else {}
         if way == "constant at default":
-            rate = DEFAULT_RATE[WORKLOADS[name].optimizer]
-            return self.scores(name, "constant", rate)
+            return self.scores(name, "constant", default_rate(name))
         return self.scores(name, way)
 
     def seconds(self, name, way):
         """Mean time of a training, all of the grid where the way was tuned."""
         keys = [(name, way, None)]
         if way == "constant at default":
-            keys = [(name, "constant", DEFAULT_RATE[WORKLOADS[name].optimizer])]
+            keys = [(name, "constant", default_rate(name))]
         if way in SCHEDULES:
-            keys = [(name, way, rate) for rate in GRID[WORKLOADS[name].optimizer]]
+            keys = [(name, way, rate) for rate in grid(name)]
         return sum(
             np.mean([r["seconds"][-1] for r in self.by_key[key].values()])
             for key in keys
@@ -197,7 +195,7 @@ def epochs_to_target(results, name, way):
             return []
         rate = found[0]
     if way == "constant at default":
-        way, rate = "constant", DEFAULT_RATE[WORKLOADS[name].optimizer]
+        way, rate = "constant", default_rate(name)
     taken = []
     for result in results.by_key.get((name, way, rate), {}).values():
         reached = np.array(result["scores"]) >= WORKLOADS[name].target
@@ -212,7 +210,12 @@ def draw(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
     ways = ("cosine", "one-cycle", "constant at default", "ReduceLROnPlateau")
     ways += ("Adam", "ScheduleFreeAdamW", "auto", "decay")
-    names = [name for name in WORKLOADS if results.tuned(name, "cosine")]
+    # Of other optimizers there is one set and few ways.
+    names = [
+        name
+        for name, workload in WORKLOADS.items()
+        if workload.half != "other optimizers" and results.tuned(name, "cosine")
+    ]
     taken = {
         way: {name: epochs_to_target(results, name, way) for name in names}
         for way in ways
@@ -224,7 +227,7 @@ def draw(results, folder):
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     axis = axes[0]
-    grid = np.linspace(1, 6, 200)
+    limits = np.linspace(1, 6, 200)
     for way, rows in taken.items():
         ratios = [
             t / best[name]
@@ -232,10 +235,10 @@ def draw(results, folder):
             for t in rows[name]
             if np.isfinite(best[name])
         ]
-        share = [np.mean(np.array(ratios) <= limit) for limit in grid]
+        share = [np.mean(np.array(ratios) <= limit) for limit in limits]
         style = {"linewidth": 2.5} if way in ("auto", "decay") else {}
         label = f"{way}, tuned" if way in SCHEDULES else way
-        axis.plot(grid, share, label=label, **style)
+        axis.plot(limits, share, label=label, **style)
     axis.set_xlabel("epochs to the target, range test included, over the fastest way's")
     axis.set_ylabel("share of trainings")
     axis.set_ylim(0, 1.02)

@@ -3,9 +3,10 @@
 Whatever is chosen, a policy, a constant, is chosen on those for tuning and for further
 tuning; the latter are noisy and small, which the former do not show. The others are run
 once everything is frozen; two of these, a group of their own, have labels that are no
-classes. Sets are cut to 10,000 samples and the trainings to few epochs, so that
-hundreds of them fit into hours. The order of samples, and what is cut, never changes:
-seeds change initial weights and batches.
+classes, and in another group digits are trained by other optimizers. Sets are cut to
+10,000 samples and the trainings to few epochs, so that hundreds of them fit into hours.
+The order of samples, and what is cut, never changes: seeds change initial weights and
+batches.
 
 MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
 the others from a folder of UCI sets (`--uci`, or the environment variable
@@ -77,10 +78,11 @@ class Workload(NamedTuple):
     """What is trained on what, and for how long.
 
     Attributes:
-        half: "tuning", "further tuning", "unseen" or "other labels".
+        half: "tuning", "further tuning", "unseen", "other labels" or "other
+            optimizers".
         load: Function from the UCI folder to (x, y), (test x, test y).
         layers: Function from x to the layers of the network but for the last.
-        optimizer: "sgd" (momentum 0.9) or "adam".
+        optimizer: "sgd" (momentum 0.9), "adam", or a class of `keras.optimizers`.
         batch_size: Samples in a step.
         epochs: Length of a training.
         target: The score whose time is taken, fixed beforehand.
@@ -303,6 +305,10 @@ _pendigits = _table("pendigits", 7_494, 3_498, 100)
 _optdigits_few = _table("optdigits", 200, 5_000, 16)
 _spam = _table("spambase", 3_000, 1_601)
 
+# Not Adafactor and Ftrl, by which this network learns nothing at any rate.
+_OTHER_OPTIMIZERS = ("AdamW", "Nadam", "Adamax", "RMSprop", "Lion", "Lamb", "Muon")
+_OTHER_OPTIMIZERS += ("SGD", "Adagrad", "Adadelta")
+
 WORKLOADS = {
     "digits": Workload("tuning", _digits, _mlp, "sgd", 32, 20, 0.96),
     "fashion, MLP": Workload("tuning", _fashion, _mlp, "sgd", 64, 10, 0.84),
@@ -351,4 +357,11 @@ WORKLOADS = {
     "housing": Workload(
         *("other labels", _housing, _mlp, "sgd", 64, 10, 0.70, REGRESSION)
     ),
+    **{
+        f"digits, {name}": Workload(
+            *("other optimizers", _digits, _mlp, name, 32, 20, 0.96)
+        )
+        for name in _OTHER_OPTIMIZERS
+        if hasattr(keras.optimizers, name)  # Muon came with Keras 3.11.
+    },
 }
