@@ -5,7 +5,7 @@ other optimizers: the score of every way against the tuned cosine, in points, pa
 seed (mean, standard error over seeds, median and worst workload, and the worst training
 of all); its mean rank among the ways that were given no tuning and were run on all; its
 cost, tuning included, as a share of that of the cosine's grid; and how often it failed,
-which is to end more than 10 points behind. Then the same by workload. Whatever is
+which is to end more than 10 points behind. Then points by workload. Whatever is
 missing from the file is left out, and counted.
 
     python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
@@ -108,7 +108,10 @@ def table(results, half):
         if not points:
             continue
         means = {name: d.mean() for name, d in points.items()}
-        spread = [d.std(ddof=1) ** 2 / len(d) for d in points.values() if len(d) > 1]
+        errors = {
+            name: d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else np.nan
+            for name, d in points.items()
+        }
         worst = min(means, key=means.get)
         cost = [
             results.seconds(name, way) / results.seconds(name, "cosine")
@@ -118,7 +121,8 @@ def table(results, half):
             {
                 "way": way,
                 "mean": float(np.mean(list(means.values()))),
-                "error": float(np.sqrt(np.sum(spread)) / len(means)),
+                "error": float(np.sqrt(np.nansum(np.square([*errors.values()]))))
+                / len(means),
                 "median": float(np.median(list(means.values()))),
                 "worst": float(means[worst]),
                 "worst workload": worst,
@@ -129,7 +133,7 @@ def table(results, half):
                 "cost": float(np.mean(cost)),
                 "workloads": len(points),
                 "seeds": min(map(len, points.values())),
-                "points": {name: float(m) for name, m in means.items()},
+                "points": {name: (m, errors[name]) for name, m in means.items()},
             }
         )
     return names, rows
@@ -175,12 +179,17 @@ def show(half, names, rows):
         print(f"\nIncomplete, of {len(names)} workloads: {'; '.join(short)}")
 
 
-def show_points(names, rows):
+def show_points(results, names, rows):
     print("\n| way | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
+    best = [results.tuned(name, "cosine") for name in names]
+    best = [f"{np.mean([*s.values()]):.4f} at {rate:g}" for rate, s in best]
+    print("| the tuned cosine itself | " + " | ".join(best) + " |")
     for row in rows:
         cells = [
-            f"{row['points'][name]:+.2f}" if name in row["points"] else ""
+            "{:+.2f} ({:.2f})".format(*row["points"][name])
+            if name in row["points"]
+            else ""
             for name in names
         ]
         print(f"| {row['way']} | " + " | ".join(cells) + " |")
@@ -295,7 +304,7 @@ def main():
         names, rows = table(results, half)
         if names:
             show(half, names, rows)
-            show_points(names, rows)
+            show_points(results, names, rows)
     if arguments.figures:
         draw(results, arguments.figures)
 

@@ -305,7 +305,7 @@ _pendigits = _table("pendigits", 7_494, 3_498, 100)
 _optdigits_few = _table("optdigits", 200, 5_000, 16)
 _spam = _table("spambase", 3_000, 1_601)
 
-# Not Adafactor and Ftrl, by which this network learns nothing at any rate.
+# Not Adafactor and Ftrl, by which this network learns nothing at rates of 1e-4 … 1.
 _OTHER_OPTIMIZERS = ("AdamW", "Nadam", "Adamax", "RMSprop", "Lion", "Lamb", "Muon")
 _OTHER_OPTIMIZERS += ("SGD", "Adagrad", "Adadelta")
 
