@@ -362,6 +362,6 @@ WORKLOADS = {
             *("other optimizers", _digits, _mlp, name, 32, 20, 0.96)
         )
         for name in _OTHER_OPTIMIZERS
-        if hasattr(keras.optimizers, name)  # Muon came with Keras 3.11.
+        if hasattr(keras.optimizers, name)  # Older Keras has no Muon.
     },
 }
