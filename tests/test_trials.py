@@ -38,10 +38,16 @@ def test_what_an_output_worse_than_the_shares_knows_is_chance(skewed, best):
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_to_lose_a_lucky_start_is_no_collapse(skewed):
+    """Also where most samples have the same output, if there is a frequent class."""
     done = trial((1e-4, 0.3, 4.0), skewed=skewed)
     lost, worse = trial((1e-3, 0.01, 3.0), (1e-3, 0.01, 4.5)).rows
-    assert trials.Trial._collapsed(done, lost) is not skewed
+    assert not trials.Trial._collapsed(done, lost)
+    assert trials.Trial._collapsed(done, repeating(lost)) is not skewed
     assert trials.Trial._collapsed(done, worse)
+
+
+def repeating(row):
+    return row._replace(info=row.info._replace(repeated=0.9))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,7 @@ def test_to_lose_a_lucky_start_is_no_collapse(skewed):
     [
         (0.2, 2.1, False),  # On its way: unsure now of what it was wrong about.
         (0.2, 2.3, True),  # Neither is better.
-        (0.01, 2.1, True),  # The same guess for all.
+        (0.01, 2.1, False),  # Nearly the same guess for all, and better than before.
         (0.4, 5.0, False),  # It knows more than half.
     ],
 )
@@ -57,3 +63,11 @@ def test_collapse(information, loss, collapsed):
     done = trial((1e-3, 0.3, 2.35), (1e-2, 0.6, 2.25))
     now = trial((1e-1, information, loss)).rows[0]
     assert trials.Trial._collapsed(done, now) == collapsed
+
+
+def test_the_same_guess_for_all_is_a_collapse():
+    """Of units that are dead, or where something was known with a loss below H(Y)."""
+    now = trial((1e-1, 0.01, 1.95)).rows[0]
+    done = trial((1e-3, 0.3, 2.35), (1e-2, 0.6, 2.25))
+    assert trials.Trial._collapsed(done, repeating(now))
+    assert trials.Trial._collapsed(trial((1e-2, 0.6, 1.9)), now)
