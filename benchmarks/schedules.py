@@ -53,9 +53,9 @@ from keras_milr.information import mutual_information
 
 GRID = {
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
-    "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+    "Adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
 }
-WIDE_GRID = (*GRID["adam"], 0.3, 1.0, 3.0, 10.0)  # Of any other optimizer.
+WIDE_GRID = (*GRID["Adam"], 0.3, 1.0, 3.0, 10.0)  # Of any other optimizer.
 BY_HAND = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 
 
@@ -272,7 +272,7 @@ def _optimizer(name, kind="plain"):
     own = WORKLOADS[name].optimizer
     if own == "sgd" or kind == SPECTRAL:
         return keras.optimizers.SGD(momentum=0.9)
-    return getattr(keras.optimizers, "Adam" if own == "adam" else own)()
+    return getattr(keras.optimizers, own)()
 
 
 def grid(name):

@@ -118,8 +118,8 @@ class Trial:
         limit = 0.95 * entropy
         added = known > 1.1 * self.start.info.accessible
         # Units that are dead say the same of most samples.
-        alive = self.skewed or not row.info.repeated > 0.5
-        lucky = alive and best.loss > _GUESS * entropy
+        dead = row.info.repeated > 0.5
+        lucky = best.loss > _GUESS * entropy and not dead
         if lucky or not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
