@@ -10,7 +10,7 @@ Ways that need a rate are run from each rate of a grid, half a decade apart: `co
 Their best rate is chosen by the mean score over the seeds **on the test data**, which
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
 (`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours
-(the workloads of other optimizers are run in a few of these ways only):
+(workloads of few epochs and of other optimizers are run in a few of these ways only):
 
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
@@ -132,7 +132,7 @@ class Driven:
 
     def __init__(self, policy, case, signal, seed):
         self.policy, self.case = keras_milr.policies.get(policy), case
-        for name in ("early_readings", "undoes_raises", "glides"):
+        for name in ("early_readings", "undoes_raises", "glides", "anneals"):
             setattr(self, name, getattr(self.policy, name))
         rng = np.random.default_rng(seed)
         chosen = rng.permutation(len(case.x))[:2048]
@@ -288,7 +288,7 @@ def default_rate(name):
 def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
-    if half == "other optimizers":
+    if half in ("few epochs", "other optimizers"):
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),

@@ -1,7 +1,7 @@
 """Tables and figures of what `schedules.py` has found.
 
-For each half of the workloads, those with labels that are no classes, and those with
-other optimizers: the score of every way against the tuned cosine, in points, paired by
+For each half of the workloads, those with labels that are no classes, those of few
+epochs, and those with other optimizers: the score of every way against the tuned cosine, in points, paired by
 seed (mean, standard error over seeds, median and worst workload, and the worst training
 of all); its mean rank among the ways that were given no tuning and were run on all; its
 cost, tuning included, as a share of that of the cosine's grid; and how often it failed,
@@ -219,11 +219,12 @@ def draw(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
     ways = ("cosine", "one-cycle", "constant at default", "ReduceLROnPlateau")
     ways += ("Adam", "ScheduleFreeAdamW", "auto", "decay")
-    # Of other optimizers there is one set and few ways.
+    # Of the others there are few ways.
+    others = ("few epochs", "other optimizers")
     names = [
         name
         for name, workload in WORKLOADS.items()
-        if workload.half != "other optimizers" and results.tuned(name, "cosine")
+        if workload.half not in others and results.tuned(name, "cosine")
     ]
     taken = {
         way: {name: epochs_to_target(results, name, way) for name in names}

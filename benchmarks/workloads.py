@@ -78,8 +78,8 @@ class Workload(NamedTuple):
     """What is trained on what, and for how long.
 
     Attributes:
-        half: "tuning", "further tuning", "unseen", "other labels" or "other
-            optimizers".
+        half: "tuning", "further tuning", "unseen", "other labels", "few epochs" or
+            "other optimizers".
         load: Function from the UCI folder to (x, y), (test x, test y).
         layers: Function from x to the layers of the network but for the last.
         optimizer: "sgd" (momentum 0.9), or a class of `keras.optimizers`.
@@ -186,10 +186,10 @@ def _encoded(columns):
     return np.stack(encoded, 1).astype("float32")
 
 
-def _adult(uci):
+def _adult(uci, train=10_000):
     *columns, income = _adult_columns(uci)
     y = np.array([value == ">50K" for value in income])
-    return _split(_encoded(columns), y, 10_000, 5_000)
+    return _split(_encoded(columns), y, train, 5_000)
 
 
 def _adult_questions(uci):
@@ -358,6 +358,31 @@ WORKLOADS = {
     ),
     "housing": Workload(
         *("other labels", _housing, _mlp, "sgd", 64, 10, 0.70, REGRESSION)
+    ),
+    "fashion 60,000, 1 epoch": Workload(
+        *("few epochs", lambda uci: _images("fashion_mnist", 60_000)),
+        *(_mlp, "sgd", 32, 1, 0.84),
+    ),
+    "MNIST 60,000, CNN, 1 epoch": Workload(
+        *("few epochs", lambda uci: _images("mnist", 60_000)),
+        *(_cnn, "sgd", 32, 1, 0.96),
+    ),
+    "adult 27,000, 1 epoch": Workload(
+        *("few epochs", lambda uci: _adult(uci, 27_000), _mlp, "Adam", 32, 1, 0.84)
+    ),
+    "fashion 20,000, ResNet, 1 epoch": Workload(
+        *("few epochs", lambda uci: _images("fashion_mnist", 20_000)),
+        *(_resnet, "sgd", 32, 1, 0.82),
+    ),
+    "fashion, CNN, 2 epochs": Workload(
+        *("few epochs", _fashion, _cnn, "Adam", 64, 2, 0.80)
+    ),
+    "fashion 60,000, 30 % noise, 2 epochs": Workload(
+        *("few epochs", _noisy(lambda uci: _images("fashion_mnist", 60_000), 0.3, 10)),
+        *(_mlp, "Adam", 32, 2, 0.82),
+    ),
+    "pendigits, 3 epochs": Workload(
+        *("few epochs", _pendigits, _mlp, "Adam", 64, 3, 0.93)
     ),
     **{
         f"digits, {name}": Workload(

@@ -41,7 +41,9 @@ _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _INFORMATION = readouts.Information._fields
 _FEW_STEPS = 30  # of an epoch
 _NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
-_LEAST_PART = 20  # batches from one reading of the first epoch to the next
+_LEAST_READINGS = 6  # of a training, for a policy that anneals
+_LEAST_PART = 20  # batches from one reading within an epoch to the next
+_LEAST_LAGGING = 100  # the same, where averages lag behind the weights
 _GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
 
 
@@ -154,7 +156,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             attribute `early_readings` is the number of readings within the first epoch,
             see `update_freq`. With one `glides` that is true, as that of `"decay"`, a
             lower rate is reached at the next reading, in ten steps, and otherwise at
-            once. Defaults to `"decay"`.
+            once. With one `anneals` that is true, as that of `"decay"`, the rate comes
+            down by the end of the training, and afterwards is set back to the highest,
+            from which a second `fit` starts. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             `DataLoader`, generator). The training data are a good choice. Defaults to
@@ -204,7 +208,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             normalisation, whose averages lag behind, none where classes are so rare
             that H(Y) is below half of that of equal classes, of which little is known
             for long, and none where the cross-entropy is not known, as of numbers.
-            Defaults to `"epoch"`.
+            In a training of fewer than six epochs, whose length is known, `"decay"`
+            is shown six readings or more, of a probe: equally many in each epoch, at
+            least 20 batches apart, 100 with batch normalisation. Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known (after a raise, of those before it), when the training fails:
@@ -461,11 +467,13 @@ class MutualInformationLR(keras.callbacks.Callback):
         part = self._parts * done // length
         if part > self._part:
             self._part, self._batch = part, batch
-            self._update({}, passed=done / length)
+            self._update({}, passed=None if self._divided > 1 else done / length)
             self._note_state(self._epoch)
         if not self._controller.glides:
             return
-        steps = min(_GLIDE_STEPS, -(-length // self._batches_at_once))
+        steps = min(_GLIDE_STEPS, -(-length // (self._divided * self._batches_at_once)))
+        # Of the way from one reading to the next.
+        done = self._divided * done % length
         step = len(self.history), steps * done // length
         if step != self._glided:
             self._glided = step
@@ -522,6 +530,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             logs[f"probe_mutual_information/{name}"] = info.value
 
     def on_train_end(self, logs=None):
+        if self._controller is not None:
+            self._controller.end()
         self._state.end()
         self._probe = self._table = self._rollback = None  # Frees their memory.
 
@@ -562,6 +572,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             "settings": self._settings(),
             "epoch": epoch,
             "first_epoch": self._first_epoch,
+            "divided": self._divided,
             "since_reading": self._since_reading,
             "max_lr": self._max_lr,
             "lr_range": self.lr_range and self.lr_range._asdict(),
@@ -601,7 +612,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _take_up(self, state, arrays):
         self._since_reading = state["since_reading"]
-        self._first_epoch = state["first_epoch"]
+        self._first_epoch, self._divided = state["first_epoch"], state["divided"]
         self.history = self._renamed(state["history"])
         if state["lr_range"] is not None:
             self.lr_range = LRRange.from_lists(state["lr_range"])
@@ -659,6 +670,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
         self._since_reading, self._first_epoch = 0, epoch
+        self._divided = self._division()
         max_lr = self.max_lr
         if self._is_auto():
             self._find_rate()
@@ -724,14 +736,29 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.verbose > 0:
             _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
+    def _division(self):
+        """Into how many parts readings divide every epoch of a training that has few."""
+        epochs, length = self._planned("epochs"), self._planned("steps")
+        anneals = getattr(self._policy, "anneals", False) and self._probe is not None
+        if not anneals or self.update_freq != "epoch" or None in (epochs, length):
+            return 1
+        lags = has_statistics(self.model)
+        most = length // (_LEAST_LAGGING if lags else _LEAST_PART)
+        # With several batches in one execution there are fewer hooks.
+        most = min(most, -(-length // self._batches_at_once))
+        wanted = -(-_LEAST_READINGS // (epochs - self._first_epoch))
+        return max(1, min(wanted, most))
+
     def _parts_of(self, epoch):
-        """Into how many parts readings divide an epoch: more than 1 for the first only.
+        """Into how many parts readings divide an epoch: often more than 1 for the first.
 
         There they find out whether the rate is far too low. Averages of normalisation
         lag behind, and of rare classes little is known for long: both make any rate
         look too low. One that is too high looks the same but for the cross-entropy,
         which not all labels have.
         """
+        if self._divided > 1:
+            return self._divided
         early = getattr(self._policy, "early_readings", 0)
         if (
             epoch != self._first_epoch
@@ -913,7 +940,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         if epochs is None or (batches is None and self.update_freq != "epoch"):
             return None
         if self.update_freq == "epoch":
-            return epochs - epoch
+            return (epochs - epoch) * self._divided
         return (epochs - epoch) * batches // self.update_freq
 
     # ------------------------------------------------------------ serialisation

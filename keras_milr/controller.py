@@ -201,6 +201,14 @@ class Controller:
         self._glide = start, end, self.rates.own()
         return True
 
+    def end(self):
+        """Sets rates that came down by the end of the training back to the highest.
+
+        Else a training to come would start from next to nothing.
+        """
+        if getattr(self._policy, "anneals", False):
+            self.rates.set(np.maximum(self.rates.get(), self._peak))
+
     def roll_back(self, infos, reading, factor: float | None) -> np.ndarray:
         """Lowers the rates after a training that failed, and sets them.
 

@@ -15,6 +15,9 @@ One whose attribute `early_readings` is above 0 is shown as many readings within
 first epoch, of a probe: a rate that is far too low is then raised before the epoch is
 lost. One whose attribute `glides` is true says with a rate below the present one where
 the rate shall be at the next reading: it gets there step by step, instead of at once.
+One whose attribute `anneals` is true brings the rate down by the end of the training. In
+a training of few epochs it is shown readings within each of them, of a probe, so that it
+can; and afterwards the rate is set back to the highest, for a `fit` to come.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
@@ -346,8 +349,8 @@ class ThresholdDecay(_MissingShare):
     Where the number of readings is not known, 2. is that of `ReferenceLevel`: rate ×
     clip(g / threshold, cut, 1), and the rate stays where nothing measurable is missing.
 
-    A policy of one's own that calls this one must have `glides = True` too: else its
-    rates are those of the end of each step from its beginning on.
+    A policy of one's own that calls this one must have `glides = True` too, else its
+    rates are those of the end of each step from its beginning on, and `anneals = True`.
 
     A change within the noise is no change (g = 0). The formula is our own. That
     information decides when and between which bounds a rate decays is the idea of
@@ -382,6 +385,7 @@ class ThresholdDecay(_MissingShare):
         *("threshold", "tail", "sharpness", "cut", "hold", "floor"),
         *("grow_steps", "grow_below", "max_ratio"),
     )
+    anneals = True
     glides = True
 
     def __init__(

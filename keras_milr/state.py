@@ -21,10 +21,17 @@ from keras_milr import _keras, backend
 
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
-_VERSION = 1
+_VERSION = 2
 _LARGEST = 2**28  # bytes of a state, which is far beyond any training's.
 # What it consists of, and the types that JSON makes of it.
-_INTEGERS = ("epoch", "first_epoch", "since_reading", "iterations", "trained")
+_INTEGERS = (
+    "epoch",
+    "first_epoch",
+    "divided",
+    "since_reading",
+    "iterations",
+    "trained",
+)
 _KINDS = dict.fromkeys(_INTEGERS, (int,))
 _KINDS |= dict.fromkeys(("settings", "controller", "rates"), (dict,))
 _KINDS |= dict.fromkeys(("lr_range", "table", "rollback"), (dict, type(None)))

@@ -417,6 +417,126 @@ class TestWithinAnEpoch:
             keras_milr.MutualInformationLR(policy, digits)
 
 
+class TestFewEpochs:
+    """A policy that anneals is shown readings within every epoch of a few."""
+
+    class Annealing(TestWithinAnEpoch.Gliding):
+        anneals = True
+
+    @pytest.mark.parametrize(
+        ("epochs", "batch_size", "batches"),
+        [
+            (1, 12, [25, 50, 75, 100, 125]),  # of 150
+            (2, 12, [50, 100]),
+            (5, 12, [75]),
+            (6, 12, []),
+            (1, 32, [29]),  # of 57: at least 20 apart
+            (3, 47, []),  # of 39
+        ],
+    )
+    def test_at_least_six_readings(self, digits, epochs, batch_size, batches):
+        callback = keras_milr.MutualInformationLR(self.Annealing(1.0), digits)
+        fit(callback, digits, epochs=epochs, batch_size=batch_size)
+        length = -(-len(digits[1]) // batch_size)
+        taken = [(r["epoch"], r["batch"]) for r in callback.history[1:]]
+        each = [*batches, length]
+        assert taken == [(epoch, batch) for epoch in range(epochs) for batch in each]
+        steps = epochs * len(each)
+        assert [r["step"] for r in callback.history] == list(range(steps + 1))
+        assert {r["steps"] for r in callback.history} == {steps}
+        # Ordinary readings: each is told of the one before.
+        for before, now in itertools.pairwise(callback.history):
+            assert now["previous"] == before["information"]
+
+    @pytest.mark.filterwarnings("ignore:Your input ran out of data")
+    def test_only_where_it_can(self, digits):
+        """With a probe, a length that is known, and a policy that anneals."""
+        x, y = digits
+        batches = ((x[i : i + 12], y[i : i + 12]) for i in range(0, 1797, 12))
+        metric = make_model(metrics=[keras_milr.MutualInformation()])
+        for policy, probe_data, data, model, batch_size in (
+            (keep, digits, digits, None, 12),
+            ("decay", None, digits, metric, 12),
+            (self.Annealing(1.0), digits, batches, None, None),
+        ):
+            callback = keras_milr.MutualInformationLR(policy, probe_data)
+            fit(callback, data, model, epochs=1, batch_size=batch_size)
+            assert callback.history[-1]["step"] == 1
+
+    def test_further_apart_with_batch_normalisation(self, digits):
+        normalised = keras.Sequential(
+            [
+                keras.Input((64,)),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(10, activation="softmax"),
+            ]
+        )
+        normalised.compile("sgd", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(self.Annealing(1.0), digits)
+        fit(callback, digits, normalised, epochs=1, batch_size=8)  # 225 batches
+        assert [r["batch"] for r in callback.history] == [0, 113, 225]
+
+    @pytest.mark.parametrize(
+        ("at_once", "batches"), [(10, [30, 50, 80, 100, 130]), (60, [60, 120])]
+    )
+    def test_steps_per_execution(self, digits, at_once, batches):
+        callback = keras_milr.MutualInformationLR(self.Annealing(1.0), digits)
+        model = make_model(steps_per_execution=at_once)
+        fit(callback, digits, model, epochs=1, batch_size=12)
+        assert [r["batch"] for r in callback.history] == [0, *batches, 150]
+        assert callback.history[-1]["step"] == callback.history[-1]["steps"]
+
+    def test_rates_glide_from_one_reading_to_the_next(self, digits):
+        callback = keras_milr.MutualInformationLR(self.Annealing(0.5), digits)
+        rates, _ = TestWithinAnEpoch.rates_of_batches(
+            [callback], digits, epochs=1, batch_size=12
+        )
+        step = (np.arange(25) * 10 // 25 + 0.5) / 10
+        expected = [1e-3 * 0.5**k * (1 - step / 2) for k in range(5)]
+        np.testing.assert_allclose(rates[:25], 1e-3, rtol=1e-6)
+        np.testing.assert_allclose(rates[25:], np.concatenate(expected), rtol=1e-6)
+
+    def test_one_epoch_ends_at_next_to_nothing(self, digits):
+        """And the rate is back at the highest for the next."""
+        model = make_model()
+        for _ in range(2):
+            callback = keras_milr.MutualInformationLR(
+                policies.ThresholdDecay(grow_steps=0), digits
+            )
+            rates, _ = TestWithinAnEpoch.rates_of_batches(
+                [callback], digits, model=model, epochs=1, batch_size=12
+            )
+            np.testing.assert_allclose(rates[:25], 1e-3, rtol=1e-6)
+            assert rates[-1] < 0.1 * 1e-3
+            rate = keras.ops.convert_to_numpy(model.optimizer.learning_rate)
+            np.testing.assert_allclose(rate, 1e-3, rtol=1e-6)
+
+    @pytest.mark.parametrize("epochs", [2, 4])
+    def test_goes_on_as_if_nothing_had_happened(self, digits, tmp_path, epochs):
+        """Also where more epochs follow than were planned: in the same parts."""
+
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                raise KeyboardInterrupt
+
+        path = tmp_path / "model.keras"
+        save = keras.callbacks.ModelCheckpoint(path)
+        whole = keras_milr.MutualInformationLR(self.Annealing(0.8), digits)
+        with pytest.raises(KeyboardInterrupt):
+            callbacks = [whole, save, Stop()]
+            fit(None, digits, epochs=2, batch_size=12, callbacks=callbacks)
+        resumed = keras_milr.MutualInformationLR(self.Annealing(0.8), digits)
+        resumed.load_state(path)
+        model = keras.models.load_model(path)
+        fit(resumed, digits, model, epochs, initial_epoch=1, batch_size=12)
+        assert resumed.history[:4] == whole.history
+        assert [r["step"] for r in resumed.history] == list(range(3 * epochs + 1))
+        assert resumed.history[-1]["steps"] == 3 * epochs
+        rates = [r["rate"] for r in resumed.history]
+        expected = 1e-3 * 0.8 ** np.maximum(np.arange(3 * epochs + 1) - 1, 0)
+        np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
 class TestReadings:
     def test_what_a_policy_is_told(self, digits):
         readings = []
@@ -446,15 +566,16 @@ class TestReadings:
 
     def test_history_has_every_field_and_serialises(self, digits):
         callback = keras_milr.MutualInformationLR(probe_data=digits)
-        fit(callback, digits, batch_size=16)  # 113 batches
+        fit(callback, digits, epochs=6, batch_size=16)  # 113 batches
         fields = {"epoch", "batch", *policies.Reading._fields}
         fields |= set(readouts.Information._fields)
         early = [29, 57, 85]  # the first batches of the quarters
-        steps = [0, *(batch / 113 for batch in early), 1, 2, 3]
+        steps = [0, *(batch / 113 for batch in early), *range(1, 7)]
         assert [r["step"] for r in callback.history] == steps
         assert [(r["epoch"], r["batch"]) for r in callback.history] == [
-            (0, 0), *((0, batch) for batch in early), (0, 113), (1, 113), (2, 113)
-        ]  # fmt: skip
+            *((0, batch) for batch in (0, *early)),
+            *((epoch, 113) for epoch in range(6)),
+        ]
         for record in callback.history:
             assert set(record) == fields
         assert json.loads(json.dumps(callback.history)) == callback.history
@@ -465,7 +586,8 @@ class TestReadings:
         history = fit(None, digits, callbacks=[callback, logger]).history
         for key in ("probe_mutual_information", "probe_information", "learning_rate"):
             assert len(history[key]) == 3
-        after_epochs = [r for r in callback.history if r["step"] in (1, 2, 3)]
+        after_epochs = [r for r in callback.history if r["batch"] == 57]
+        assert len(after_epochs) == 3
         values = [r["value"] for r in after_epochs]
         assert history["probe_mutual_information"] == values
         values = [r["information"] for r in after_epochs]

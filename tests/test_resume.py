@@ -558,7 +558,7 @@ class TestJSON:
             b"[1, 2]",
             b"{}",
             b'{"epoch": 3, "batch": 0}',
-            b'{"format": "keras_milr.state", "version": 1}',
+            b'{"format": "keras_milr.state", "version": 2}',
             b"\xff\xfe\x00",
         ],
     )
@@ -571,7 +571,7 @@ class TestJSON:
             MutualInformationLR().load_state(path)
 
     @pytest.mark.parametrize(
-        ("old", "new"), [('"version": 1', '"version": 2'), ('"step": 1', '"step": 3')]
+        ("old", "new"), [('"version": 2', '"version": 3'), ('"step": 1', '"step": 3')]
     )
     def test_that_was_changed(self, old, new, tmp_path):
         x, y = killed.digits()
