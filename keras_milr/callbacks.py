@@ -737,7 +737,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
     def _division(self):
-        """Into how many parts readings divide every epoch of a training that has few."""
+        """Into how many parts readings divide each epoch, where there are few."""
         epochs, length = self._planned("epochs"), self._planned("steps")
         anneals = getattr(self._policy, "anneals", False) and self._probe is not None
         if not anneals or self.update_freq != "epoch" or None in (epochs, length):
@@ -750,7 +750,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         return max(1, min(wanted, most))
 
     def _parts_of(self, epoch):
-        """Into how many parts readings divide an epoch: often more than 1 for the first.
+        """Into how many parts readings divide an epoch; the first often into more.
 
         There they find out whether the rate is far too low. Averages of normalisation
         lag behind, and of rare classes little is known for long: both make any rate

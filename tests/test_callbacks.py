@@ -522,8 +522,8 @@ class TestFewEpochs:
         path = tmp_path / "model.keras"
         save = keras.callbacks.ModelCheckpoint(path)
         whole = keras_milr.MutualInformationLR(self.Annealing(0.8), digits)
+        callbacks = [whole, save, Stop()]
         with pytest.raises(KeyboardInterrupt):
-            callbacks = [whole, save, Stop()]
             fit(None, digits, epochs=2, batch_size=12, callbacks=callbacks)
         resumed = keras_milr.MutualInformationLR(self.Annealing(0.8), digits)
         resumed.load_state(path)
