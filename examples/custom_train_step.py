@@ -188,7 +188,9 @@ def main():
         found[name] = model, logs, accuracy = train(
             model_class, data, arguments, informed
         )
-        last = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        # Of the callback: the optimizer's is back at the highest.
+        constant = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        last = logs.get("learning_rate", [constant])[-1]
         norm = f"{logs['gradient_norm'][-1]:.4f}" if "gradient_norm" in logs else ""
         print(f"{name:<20} {accuracy:>13.4f} {last:>10.2e} {norm:>14}")
     (own, own_logs, _), (usual, usual_logs, _) = list(found.values())[:2]
