@@ -33,7 +33,7 @@ SENSITIVE = {
     "test_callbacks.py": (
         *("test_models", "bit_equal", "whole_loop", "every_so_many_batches", "eagerly"),
         *("float16", "TestTheMetricAsSource", "test_training_data", "several_threads"),
-        "TestWithinAnEpoch",
+        *("TestWithinAnEpoch", "TestFewEpochs"),
     ),
     "test_callbacks_auto.py": ("test_it_trains_as_from_the_rate", "test_batches_of"),
     "test_callbacks_layers.py": (

@@ -476,6 +476,9 @@ class TestFewEpochs:
         fit(callback, digits, normalised, epochs=1, batch_size=8)  # 225 batches
         assert [r["batch"] for r in callback.history] == [0, 113, 225]
 
+    @pytest.mark.backends(
+        "tensorflow", "jax", reason="PyTorch has no `steps_per_execution`"
+    )
     @pytest.mark.parametrize(
         ("at_once", "batches"), [(10, [30, 50, 80, 100, 130]), (60, [60, 120])]
     )

@@ -33,8 +33,10 @@ def test_of_a_callback(trained):
     top, bottom = figure.axes
     drawn = lines(figure)
     counted = drawn["counted mutual information"]
-    # Of 57 batches; with one reading within the first epoch.
-    np.testing.assert_allclose(counted.get_xdata(), [0, 29 / 57, 1, 2, 3])
+    # Of 57 batches; with one reading within each of the three epochs.
+    half = 29 / 57
+    expected = [0, half, 1, 1 + half, 2, 2 + half, 3]
+    np.testing.assert_allclose(counted.get_xdata(), expected)
     np.testing.assert_allclose(
         counted.get_ydata(), [r["value"] for r in callback.history]
     )
@@ -54,7 +56,7 @@ def test_of_a_callback(trained):
     # From the last but one down a straight line.
     line = np.polyfit(*last.T, 1)
     np.testing.assert_allclose(np.polyval(line, last[:, 0]), last[:, 1], atol=1e-9)
-    np.testing.assert_allclose(np.polyval(line, [2, 3]), rates[-2:], atol=1e-9)
+    np.testing.assert_allclose(np.polyval(line, [2 + half, 3]), rates[-2:], atol=1e-9)
     assert rates[-1] < 0.01 * rates[-2]
     assert bottom.get_yscale() == "log"
 

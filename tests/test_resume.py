@@ -401,7 +401,8 @@ class TestLoadState:
     def test_a_second_fit_starts_anew(self, checkpoints):
         callback, model = checkpointed(checkpoints, 4)
         model.fit(*killed.digits(), epochs=1, verbose=0, callbacks=[callback])
-        assert [r["step"] for r in callback.history] == [0, 29 / 57, 1]
+        taken = [(r["step"], r["batch"]) for r in callback.history]
+        assert taken == [(0, 0), (1, 29), (2, 57)]
 
     def test_of_weights(self, checkpoints, alone, tmp_path):
         """With those of the optimizer, which has to be built to take them."""
@@ -583,7 +584,7 @@ class TestJSON:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"damaged.*Received: (version 2|another)"):
+        with pytest.raises(ValueError, match=r"damaged.*Received: (version 3|another)"):
             callback.load_state(path)
 
 
