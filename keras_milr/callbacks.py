@@ -613,6 +613,8 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _take_up(self, state, arrays):
         self._since_reading = state["since_reading"]
         self._first_epoch, self._divided = state["first_epoch"], state["divided"]
+        if self._divided == 0:
+            raise ValueError("epochs in no parts")
         self.history = self._renamed(state["history"])
         if state["lr_range"] is not None:
             self.lr_range = LRRange.from_lists(state["lr_range"])

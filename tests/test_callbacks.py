@@ -29,6 +29,17 @@ def make_model(optimizer="adam", units=10, dropout=0.0, **compile_arguments):
     return model
 
 
+def make_normalised():
+    layers = [
+        keras.Input((64,)),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(10, activation="softmax"),
+    ]
+    model = keras.Sequential(layers)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
 def fit(callback, data, model=None, epochs=3, **arguments):
     model = make_model() if model is None else model
     arguments = {"verbose": 0, "callbacks": [callback]} | arguments
@@ -315,14 +326,7 @@ class TestWithinAnEpoch:
 
     def test_none_where_they_tell_nothing(self, digits):
         """Of averages that lag behind, and of rare classes."""
-        normalised = keras.Sequential(
-            [
-                keras.Input((64,)),
-                keras.layers.BatchNormalization(),
-                keras.layers.Dense(10, activation="softmax"),
-            ]
-        )
-        normalised.compile("sgd", "sparse_categorical_crossentropy")
+        normalised = make_normalised()
         plain = keras_milr.MutualInformationLR(self.Curious(), digits)
         fit(plain, digits, normalised, epochs=1, batch_size=16)
         few = np.flatnonzero((digits[1] > 0) | (np.arange(len(digits[1])) < 150))
@@ -464,14 +468,7 @@ class TestFewEpochs:
             assert callback.history[-1]["step"] == 1
 
     def test_further_apart_with_batch_normalisation(self, digits):
-        normalised = keras.Sequential(
-            [
-                keras.Input((64,)),
-                keras.layers.BatchNormalization(),
-                keras.layers.Dense(10, activation="softmax"),
-            ]
-        )
-        normalised.compile("sgd", "sparse_categorical_crossentropy")
+        normalised = make_normalised()
         callback = keras_milr.MutualInformationLR(self.Annealing(1.0), digits)
         fit(callback, digits, normalised, epochs=1, batch_size=8)  # 225 batches
         assert [r["batch"] for r in callback.history] == [0, 113, 225]

@@ -309,6 +309,17 @@ class TestAgain:
         assert [r["step"] for r in callback.history] == [0, 1]
         assert callback.history[0]["start_rate"]["out"] == pytest.approx(4e-3)
 
+    def test_rates_that_came_down_are_back_at_the_highest(self, digits):
+        def fade(reading):
+            return reading.rate * np.array([0.1, 0.5, 1.0])
+
+        fade.anneals = True
+        model = make_model()
+        history = fit(make(fade, digits), digits, model).history
+        np.testing.assert_allclose(history["learning_rate/first"], [1e-3, 1e-4], 1e-5)
+        values = list(model.optimizer.multipliers.values())
+        np.testing.assert_allclose(values, [1, 1, 1], rtol=1e-5)
+
     def test_multipliers_ride_along_with_the_model(self, digits, tmp_path):
         model = make_model()
         fit(make(spread, digits), digits, model)

@@ -201,7 +201,7 @@ class TestForgedStates:
         "text",
         [
             nested(100_000),
-            '{"format": "keras_milr.state", "version": 1, "a": '
+            '{"format": "keras_milr.state", "version": 2, "a": '
             + nested(100_000)
             + "}",
             "9" * 100_000,
@@ -230,7 +230,8 @@ class TestForgedStates:
     @pytest.mark.parametrize(
         "name",
         [
-            *("epoch", "first_epoch", "since_reading", "iterations", "trained"),
+            *("epoch", "first_epoch", "divided", "since_reading", "iterations"),
+            *("trained",),
             *("settings", "controller", "rates", "history", "rollback", "max_lr"),
             *("lr_range", "table"),
         ],
@@ -255,6 +256,9 @@ class TestForgedStates:
         content = json.loads((trained[0] / "state.json").read_text())["controller"]
         assert name in content
         self.is_refused({"controller": content | {name: value}}, trained, tmp_path)
+
+    def test_epochs_in_no_parts(self, trained, tmp_path):
+        self.is_refused({"divided": 0}, trained, tmp_path)
 
     def is_refused(self, forged, trained, tmp_path):
         content = json.loads((trained[0] / "state.json").read_text())
