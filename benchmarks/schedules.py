@@ -10,7 +10,8 @@ Ways that need a rate are run from each rate of a grid, half a decade apart: `co
 Their best rate is chosen by the mean score over the seeds **on the test data**, which
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
 (`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours
-(workloads of few epochs and of other optimizers are run in a few of these ways only):
+(workloads of few epochs, other optimizers and other networks are run in a few of these
+ways only):
 
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
@@ -201,10 +202,9 @@ class Case:
         """Initial weights of a seed, and an optimizer that has done nothing yet."""
         keras.utils.set_random_seed(seed)
         fresh = keras.models.clone_model(self.model)
-        self.model.set_weights(fresh.get_weights())
-        for variable, value in zip(
-            self.model.optimizer.variables, self.slots, strict=True
-        ):
+        values = [*fresh.variables, *self.slots]  # States of dropout among them.
+        variables = [*self.model.variables, *self.model.optimizer.variables]
+        for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
         keras.utils.set_random_seed(seed)
 
@@ -288,7 +288,7 @@ def default_rate(name):
 def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
-    if half in ("few epochs", "other optimizers"):
+    if half in ("few epochs", "other optimizers", "other networks"):
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),

@@ -3,10 +3,11 @@
 Whatever is chosen, a policy, a constant, is chosen on those for tuning and for further
 tuning; the latter are noisy and small, which the former do not show. The others are run
 once everything is frozen; two of these, a group of their own, have labels that are no
-classes, and in another group digits are trained by other optimizers. Sets are cut to
-10,000 samples and the trainings to few epochs, so that hundreds of them fit into hours.
-The order of samples, and what is cut, never changes: seeds change initial weights and
-batches.
+classes, in another group digits are trained by other optimizers, and one is of other
+networks: attention, recurrence, separable convolutions, dropout, sigmoids. Sets are cut
+to 10,000 samples and the trainings to few epochs, so that hundreds of them fit into
+hours. The order of samples, and what is cut, never changes: seeds change initial
+weights and batches.
 
 MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
 the others from a folder of UCI sets (`--uci`, or the environment variable
@@ -78,8 +79,8 @@ class Workload(NamedTuple):
     """What is trained on what, and for how long.
 
     Attributes:
-        half: "tuning", "further tuning", "unseen", "other labels", "few epochs" or
-            "other optimizers".
+        half: "tuning", "further tuning", "unseen", "other labels", "few epochs",
+            "other optimizers" or "other networks".
         load: Function from the UCI folder to (x, y), (test x, test y).
         layers: Function from x to the layers of the network but for the last.
         optimizer: "sgd" (momentum 0.9), or a class of `keras.optimizers`.
@@ -285,6 +286,69 @@ def _resnet(x):
     return [inputs, keras.Model(inputs, h)]
 
 
+def _transformer(x):
+    """Two blocks of attention over 16 patches; a convolution tells their positions."""
+    inputs = keras.Input(x.shape[1:])
+    h = keras.layers.Conv2D(32, 7, strides=7)(inputs)
+    h = keras.layers.Add()([h, keras.layers.DepthwiseConv2D(3, padding="same")(h)])
+    h = keras.layers.Reshape((-1, 32))(h)
+    for _ in range(2):
+        normed = keras.layers.LayerNormalization()(h)
+        attended = keras.layers.MultiHeadAttention(4, 8)(normed, normed)
+        h = keras.layers.Add()([h, attended])
+        wide = keras.layers.LayerNormalization()(h)
+        wide = keras.layers.Dense(64, activation="gelu")(wide)
+        h = keras.layers.Add()([h, keras.layers.Dense(32)(wide)])
+    h = keras.layers.GlobalAveragePooling1D()(keras.layers.LayerNormalization()(h))
+    return [inputs, keras.Model(inputs, h)]
+
+
+def _gru(x):
+    """The rows of an image, one after the other."""
+    return [
+        keras.Input(x.shape[1:]),
+        keras.layers.Reshape(x.shape[1:3]),
+        keras.layers.GRU(48),
+    ]
+
+
+def _lstm(x):
+    return [
+        keras.Input(x.shape[1:], dtype="int32"),
+        keras.layers.Embedding(4000, 16, mask_zero=True),
+        keras.layers.LSTM(32),
+    ]
+
+
+def _separable(x):
+    layers = [keras.Input(x.shape[1:])]
+    for filters, stride in ((16, 2), (32, 1), (64, 2)):
+        layers += [
+            keras.layers.SeparableConv2D(filters, 3, stride, "same", use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.9),
+            keras.layers.ReLU(),
+        ]
+    return [*layers, keras.layers.GlobalAveragePooling2D()]
+
+
+def _dropout(x):
+    return [
+        keras.Input(x.shape[1:]),
+        keras.layers.Dense(128, activation="relu"),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(128, activation="relu"),
+        keras.layers.Dropout(0.5),
+    ]
+
+
+def _sigmoid(x):
+    return [
+        keras.Input(x.shape[1:]),
+        keras.layers.Dense(64, activation="sigmoid"),
+        keras.layers.Dense(64, activation="sigmoid"),
+    ]
+
+
 def _wine(uci):
     """White wine in three grades."""
     file = Path(uci) / "winequality-white.csv.gz"
@@ -302,6 +366,7 @@ def _fashion(uci):
 
 
 _pendigits = _table("pendigits", 7_494, 3_498, 100)
+_optdigits = _table("optdigits", 3_823, 1_797, 16)
 _optdigits_few = _table("optdigits", 200, 5_000, 16)
 _spam = _table("spambase", 3_000, 1_601)
 
@@ -383,6 +448,28 @@ WORKLOADS = {
     ),
     "pendigits, 3 epochs": Workload(
         *("few epochs", _pendigits, _mlp, "Adam", 64, 3, 0.93)
+    ),
+    "fashion, transformer": Workload(
+        *("other networks", _fashion, _transformer, "AdamW", 64, 8, 0.80)
+    ),
+    "MNIST, GRU": Workload("other networks", _mnist, _gru, "Adam", 64, 6, 0.95),
+    "SMS, LSTM": Workload(
+        *("other networks", _sms, _lstm, "Adam", 32, 10, 0.92, BALANCED)
+    ),
+    "fashion, separable": Workload(
+        *("other networks", _fashion, _separable, "sgd", 64, 8, 0.80)
+    ),
+    "pendigits, sigmoid": Workload(
+        *("other networks", _pendigits, _sigmoid, "sgd", 32, 15, 0.95)
+    ),
+    "optdigits, dropout": Workload(
+        *("other networks", _optdigits, _dropout, "sgd", 64, 60, 0.97)
+    ),
+    "fashion, batches of 1,000": Workload(
+        *("other networks", _fashion, _mlp, "Adam", 1_000, 20, 0.82)
+    ),
+    "digits, 100 epochs": Workload(
+        *("other networks", _digits, _mlp, "Adam", 32, 100, 0.96)
     ),
     **{
         f"digits, {name}": Workload(
