@@ -19,6 +19,7 @@ ways only):
 - `AdaS-like`: rates of layers by the spectra of their weights, see `adas.py`, of SGD
   with momentum;
 - `decay`, `reference`, `relative`: from the optimizer's default rate;
+- `metric`: as `decay`, but of the metric on the training data, without a probe;
 - `MI at 0.01`: the default policy from a rate given by hand, 1e-4 … 1.
 
 Controls, from the rate and bounds that the range test finds, with the policy of `auto`:
@@ -186,14 +187,14 @@ class Driven:
 class Case:
     """A workload with one optimizer: compiled once, trained again and again."""
 
-    def __init__(self, name, optimizer, uci, layerwise=False):
+    def __init__(self, name, optimizer, uci, layerwise=False, metrics=()):
         self.workload = WORKLOADS[name]
         (self.x, self.y), (self.test_x, self.test_y) = self.workload.load(uci)
         keras.utils.set_random_seed(0)
         self.model = self.workload.network(self.x, self.test_y)
         if layerwise:
             optimizer = keras_milr.LayerwiseOptimizer(optimizer)
-        self.model.compile(optimizer, self.workload.task.loss)
+        self.model.compile(optimizer, self.workload.task.loss, metrics=list(metrics))
         self.model.optimizer.build(self.model.trainable_variables)
         self.slots = [v.numpy().copy() for v in self.model.optimizer.variables]
         self.batches = -(-len(self.x) // self.workload.batch_size)
@@ -262,7 +263,9 @@ class Cases:
                 self.kept.clear()
                 keras.backend.clear_session()
             layerwise = kind in ("layers", SPECTRAL)
-            self.kept[key] = Case(name, _optimizer(name, kind), uci, layerwise)
+            metrics = [keras_milr.MutualInformation()] if kind == "metric" else []
+            optimizer = _optimizer(name, kind)
+            self.kept[key] = Case(name, optimizer, uci, layerwise, metrics)
         return self.kept[key]
 
 
@@ -289,12 +292,14 @@ def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
     if half in ("few epochs", "other optimizers", "other networks"):
+        metric = ["metric"] if half == "few epochs" else []
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),
-            *((way, None) for way in ("ReduceLROnPlateau", "auto", "decay")),
+            *((way, None) for way in ("ReduceLROnPlateau", "auto", "decay", *metric)),
         ]
-    controls = CONTROLS if half != "other labels" else ()
+    # Controls and the metric are for classes.
+    controls, metric = (CONTROLS, ["metric"]) if half != "other labels" else ([], [])
     return [
         *((way, rate) for way in SCHEDULES for rate in grid(name)),
         *((way, None) for way in OPTIMIZERS if hasattr(keras.optimizers, way)),
@@ -303,7 +308,7 @@ def ways(name):
         *((f"auto, {policy}", None) for policy in POLICIES if policy != "decay"),
         *((f"auto by {signal}", None) for signal in controls),
         *(("auto, constant", None), ("auto, cosine", None)),
-        *((f"{policy}", None) for policy in POLICIES),
+        *((way, None) for way in (*POLICIES, *metric)),
         *((f"MI at {rate:g}", None) for rate in BY_HAND),
     ]
 
@@ -311,7 +316,7 @@ def ways(name):
 def run(cases, name, way, rate, seed, uci):
     """One training; what is reported of it."""
     kind = "layers" if way == "auto, layers" else "plain"
-    kind = way if way in (*OPTIMIZERS, SPECTRAL) else kind
+    kind = way if way in (*OPTIMIZERS, SPECTRAL, "metric") else kind
     case = cases.get(name, kind, uci)
     default = default_rate(name)
     data, steps = (case.x, case.y), case.steps()
@@ -336,6 +341,9 @@ def run(cases, name, way, rate, seed, uci):
     if way == "ReduceLROnPlateau":
         plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.3, patience=2)
         return case.fit(seed, [plateau], default)
+    if way == "metric":
+        callback = keras_milr.MutualInformationLR()
+        return ended(callback, case.fit(seed, [callback], default))
     if way in POLICIES:
         callback = ours(way)
         return ended(callback, case.fit(seed, [callback], default))

@@ -1,8 +1,8 @@
 """Tables and figures of what `schedules.py` has found.
 
 For each half of the workloads, those with labels that are no classes, those of few
-epochs, and those with other optimizers: the score of every way against the tuned
-cosine, in points, paired by seed (mean, standard error over seeds, median and worst
+epochs, and those with other optimizers or networks: the score of every way against the
+tuned cosine, in points, paired by seed (mean, standard error, median and worst
 workload, and the worst training of all); its mean rank among the ways that were given
 no tuning and were run on all; its cost, tuning included, as a share of that of the
 cosine's grid; and how often it failed, which is to end more than 10 points behind. Then
@@ -33,7 +33,7 @@ FAILED = 10.0  # points behind the tuned cosine
 UNTUNED = (
     *("constant at default", "ReduceLROnPlateau", *OPTIMIZERS, SPECTRAL),
     *("auto", "auto, reference", "auto, relative", "auto, layers"),
-    *("decay", "reference", "relative"),
+    *("decay", "reference", "relative", "metric"),
 )
 
 
@@ -220,7 +220,7 @@ def draw(results, folder):
     ways = ("cosine", "one-cycle", "constant at default", "ReduceLROnPlateau")
     ways += ("Adam", "ScheduleFreeAdamW", "auto", "decay")
     # Of the others there are few ways.
-    others = ("few epochs", "other optimizers")
+    others = ("few epochs", "other optimizers", "other networks")
     names = [
         name
         for name, workload in WORKLOADS.items()

@@ -209,8 +209,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             that H(Y) is below half of that of equal classes, of which little is known
             for long, and none where the cross-entropy is not known, as of numbers.
             In a training of fewer than six epochs, whose length is known, `"decay"`
-            is shown six readings or more, of a probe: equally many in each epoch, at
-            least 20 batches apart, 100 with batch normalisation. Defaults to `"epoch"`.
+            is shown six readings or more: equally many in each epoch, at least 20
+            batches apart, of a probe with batch normalisation 100. Defaults to
+            `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known (after a raise, of those before it), when the training fails:
@@ -228,9 +229,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             first 300 steps), since the averages lag behind, and not at all where the
             loss is no cross-entropy. Each time warns; after the tenth the training
             stops. Defaults to `True`.
-        monitor: Without `probe_data`, the log key of the metric to use. Defaults to
-            `None`: the metric on the validation data where the first epoch has
-            some, else on the training data.
+        monitor: Without `probe_data`, the log key of the metric to use; one on the
+            validation data is read after epochs only. Defaults to `None`: the metric on
+            the validation data where the first epoch has some and readings are not
+            within epochs, else on the training data.
         seed: Integer seed of the sample. Defaults to `0`.
         verbose: Integer. 0: quiet, 1: update messages. Defaults to `0`.
 
@@ -467,7 +469,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         part = self._parts * done // length
         if part > self._part:
             self._part, self._batch = part, batch
-            self._update({}, passed=None if self._divided > 1 else done / length)
+            if self._divided > 1:
+                self._update({}, mid_epoch=True)
+            else:
+                self._update({}, passed=done / length)
             self._note_state(self._epoch)
         if not self._controller.glides:
             return
@@ -741,10 +746,13 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _division(self):
         """Into how many parts readings divide each epoch, where there are few."""
         epochs, length = self._planned("epochs"), self._planned("steps")
-        anneals = getattr(self._policy, "anneals", False) and self._probe is not None
+        anneals = getattr(self._policy, "anneals", False)
         if not anneals or self.update_freq != "epoch" or None in (epochs, length):
             return 1
-        lags = has_statistics(self.model)
+        if self._table is not None and not self._table.is_seen_within_epochs:
+            return 1
+        # A metric is of the outputs in training, which need no averages.
+        lags = self._table is None and has_statistics(self.model)
         most = length // (_LEAST_LAGGING if lags else _LEAST_PART)
         # With several batches in one execution there are fewer hooks.
         most = min(most, -(-length // self._batches_at_once))
@@ -845,10 +853,10 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _measure(self, mid_epoch=False):
         """What was found for each rate; None where there is nothing to read yet."""
+        model = self.model  # With its state, which on JAX the trainer has in an epoch.
         if self._table is not None:
             info = self._table.measure(mid_epoch)
             return None if info is None else [info]
-        model = self.model  # With its state, which on JAX the trainer has in an epoch.
         output, by_layer = self._probe.measure()
         if backend.on_several_workers(model):
             # All must decide the same, whatever data and device each of them has.
@@ -860,7 +868,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         return infos
 
     def _noise(self, info) -> float:
-        if self._table is not None and self.update_freq != "epoch":
+        within = self.update_freq != "epoch" or self._divided > 1
+        if self._table is not None and within:
             return math.sqrt(2) * info.stderr  # Each reading has other samples.
         return info.noise
 

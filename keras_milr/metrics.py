@@ -281,6 +281,11 @@ class MetricTable:
         self._unread = 0.0  # counts of earlier epochs, too few for a reading
         self.begin_epoch()
 
+    @property
+    def is_seen_within_epochs(self) -> bool:
+        """Whether it is not on the validation data; open before the first reading."""
+        return not self._validation
+
     def begin_epoch(self):
         """To be called after Keras has reset its metrics for an epoch."""
         self._read = 0.0
@@ -334,8 +339,8 @@ class MetricTable:
 
         Returns:
             A `readouts.Information`, or None where there is nothing to read yet: in an
-            epoch without validation, or in the middle of an epoch while all labels
-            were of one class.
+            epoch without validation, or where all labels since the last reading of the
+            epoch were of one class.
 
         Raises:
             ValueError: for an epoch with labels of one class only.
@@ -347,8 +352,8 @@ class MetricTable:
             counts = counts + total - self._read
         if np.ndim(counts) == 0:
             return None
-        if not np.any(np.count_nonzero(counts.sum(axis=-2), axis=-1) >= 2):
-            if mid_epoch:
+        if _of_one_class(counts):
+            if mid_epoch or not _of_one_class(self._read):
                 return None
             raise ValueError(
                 f"The metric {self._metric.name!r} has counted labels of fewer than "
@@ -373,6 +378,13 @@ class MetricTable:
     def _counts(self):
         table = self._metric.table()
         return np.zeros((3, 2)) if table is None else table  # None: not used yet.
+
+
+def _of_one_class(counts):
+    """Whether no table has labels of two classes; nor has what was never counted."""
+    if np.ndim(counts) == 0:
+        return True
+    return not np.any(np.count_nonzero(counts.sum(axis=-2), axis=-1) >= 2)
 
 
 def _varied(counts):

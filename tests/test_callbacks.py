@@ -454,18 +454,50 @@ class TestFewEpochs:
 
     @pytest.mark.filterwarnings("ignore:Your input ran out of data")
     def test_only_where_it_can(self, digits):
-        """With a probe, a length that is known, and a policy that anneals."""
+        """With a length that is known, and a policy that anneals."""
         x, y = digits
         batches = ((x[i : i + 12], y[i : i + 12]) for i in range(0, 1797, 12))
-        metric = make_model(metrics=[keras_milr.MutualInformation()])
-        for policy, probe_data, data, model, batch_size in (
-            (keep, digits, digits, None, 12),
-            ("decay", None, digits, metric, 12),
-            (self.Annealing(1.0), digits, batches, None, None),
+        for policy, data, batch_size in (
+            (keep, digits, 12),
+            (self.Annealing(1.0), batches, None),
         ):
-            callback = keras_milr.MutualInformationLR(policy, probe_data)
-            fit(callback, data, model, epochs=1, batch_size=batch_size)
+            callback = keras_milr.MutualInformationLR(policy, digits)
+            fit(callback, data, epochs=1, batch_size=batch_size)
             assert callback.history[-1]["step"] == 1
+
+    @pytest.mark.parametrize("validation", [False, True])
+    def test_of_the_metric(self, digits, validation):
+        """Each reading is of what was trained on since the last one."""
+        model = make_model(metrics=[keras_milr.MutualInformation()])
+        data = digits if validation else None
+        callback = keras_milr.MutualInformationLR()
+        fit(callback, digits, model, epochs=2, batch_size=12, validation_data=data)
+        taken = [(r["epoch"], r["batch"], r["step"]) for r in callback.history]
+        batches = [(epoch, batch) for epoch in (0, 1) for batch in (50, 100, 150)]
+        assert taken == [(*at, step) for step, at in enumerate(batches, 1)]
+        entropy = callback.history[0]["entropy"]  # Of 600 labels, not of 1,797.
+        assert 0 < abs(entropy - callback.history[1]["entropy"]) < 0.1
+        informations = [r["information"] for r in callback.history]
+        assert informations[0] < 1.5 < informations[-1]
+
+    def test_of_a_metric_on_validation_data_after_each_epoch(self, digits):
+        model = make_model(metrics=[keras_milr.MutualInformation()])
+        callback = keras_milr.MutualInformationLR(monitor="val_mutual_information")
+        fit(callback, digits, model, epochs=2, batch_size=12, validation_data=digits)
+        assert [(r["epoch"], r["batch"]) for r in callback.history] == [
+            *((0, 150), (1, 150))
+        ]
+
+    def test_of_a_metric_with_labels_in_their_order(self, digits):
+        """A part of the epoch that has one class only waits for the next."""
+        x, y = digits
+        order = np.concatenate([np.flatnonzero(y == 8), np.flatnonzero(y == 9)])
+        model = make_model(metrics=[keras_milr.MutualInformation()])
+        callback = keras_milr.MutualInformationLR()
+        data = x[order], y[order]
+        fit(callback, data, model, epochs=1, batch_size=2, shuffle=False)
+        assert len(order) == 354  # 174 eights, in the first 87 of 177 batches.
+        assert [r["batch"] for r in callback.history] == [89]
 
     def test_further_apart_with_batch_normalisation(self, digits):
         normalised = make_normalised()
