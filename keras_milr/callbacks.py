@@ -35,7 +35,6 @@ from keras_milr.range_test import LRRange, lr_range_test
 from keras_milr.rollback import MOST, Rollback
 from keras_milr.state import State, resuming
 from keras_milr.targets import check_kind
-from keras_milr.untouched import has_statistics
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
 _INFORMATION = readouts.Information._fields
@@ -43,7 +42,6 @@ _FEW_STEPS = 30  # of an epoch
 _NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
 _LEAST_READINGS = 6  # of a training, for a policy that anneals
 _LEAST_PART = 20  # batches from one reading within an epoch to the next
-_LEAST_LAGGING = 100  # the same, where averages lag behind the weights
 _GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
 
 
@@ -204,14 +202,12 @@ class MutualInformationLR(keras.callbacks.Callback):
         update_freq: `"epoch"`, or an integer number of batches from one reading to the
             next. With `"epoch"` and a probe, `"decay"` and `"reference"` are also shown
             readings at the quarters of the first epoch, at least 20 batches apart, and
-            raise a rate that is far too low; but none of a model with batch
-            normalisation, whose averages lag behind, none where classes are so rare
-            that H(Y) is below half of that of equal classes, of which little is known
-            for long, and none where the cross-entropy is not known, as of numbers.
-            In a training of fewer than six epochs, whose length is known, `"decay"`
-            is shown six readings or more: equally many in each epoch, at least 20
-            batches apart, of a probe with batch normalisation 100. Defaults to
-            `"epoch"`.
+            raise a rate that is far too low; but none where classes are so rare that
+            H(Y) is below half of that of equal classes, of which little is known for
+            long, and none where the cross-entropy is not known, as of numbers. In a
+            training of fewer than six epochs, whose length is known, `"decay"` is shown
+            six readings or more: equally many in each epoch, at least 20 batches apart.
+            Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
             had been known (after a raise, of those before it), when the training fails:
@@ -224,11 +220,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             raises then comes back as it was, that of the start at a half. Under such a
             policy it also counts as failed that, for three readings in a row, a tenth
             of H(Y) of what was known is missing and the cross-entropy is as much
-            higher. A model with batch normalisation only counts as failed by its output
-            if its training loss is no better than a guess, 0.9 H(Y) (1.5 H(Y) in the
-            first 300 steps), since the averages lag behind, and not at all where the
-            loss is no cross-entropy. Each time warns; after the tenth the training
-            stops. Defaults to `True`.
+            higher. Each time warns; after the tenth the training stops. Defaults to
+            `True`.
         monitor: Without `probe_data`, the log key of the metric to use; one on the
             validation data is read after epochs only. Defaults to `None`: the metric on
             the validation data where the first epoch has some and readings are not
@@ -751,21 +744,17 @@ class MutualInformationLR(keras.callbacks.Callback):
             return 1
         if self._table is not None and not self._table.is_seen_within_epochs:
             return 1
-        # A metric is of the outputs in training, which need no averages.
-        lags = self._table is None and has_statistics(self.model)
-        most = length // (_LEAST_LAGGING if lags else _LEAST_PART)
         # With several batches in one execution there are fewer hooks.
-        most = min(most, -(-length // self._batches_at_once))
+        most = min(length // _LEAST_PART, -(-length // self._batches_at_once))
         wanted = -(-_LEAST_READINGS // (epochs - self._first_epoch))
         return max(1, min(wanted, most))
 
     def _parts_of(self, epoch):
         """Into how many parts readings divide an epoch; the first often into more.
 
-        There they find out whether the rate is far too low. Averages of normalisation
-        lag behind, and of rare classes little is known for long: both make any rate
-        look too low. One that is too high looks the same but for the cross-entropy,
-        which not all labels have.
+        There they find out whether the rate is far too low. Of rare classes little is
+        known for long, which makes any rate look too low. One that is too high looks
+        the same but for the cross-entropy, which not all labels have.
         """
         if self._divided > 1:
             return self._divided
@@ -774,7 +763,6 @@ class MutualInformationLR(keras.callbacks.Callback):
             epoch != self._first_epoch
             or self.update_freq != "epoch"
             or self._probe is None
-            or has_statistics(self.model)
             or math.isnan(self._last[0].cross_entropy)
             or sampling.is_skewed(self._sample.labels, self._last[0].entropy)
         ):

@@ -120,9 +120,7 @@ def recorded(groups):
     layers = {id(layer): layer for group in groups for layer in group.layers}
     calls = []  # In their order: layer and outputs.
 
-    def replaced(layer):
-        call = layer.call
-
+    def replaced(layer, call):
         def record(*args, **kwargs):
             outputs = call(*args, **kwargs)
             calls.append((layer, outputs))
@@ -155,11 +153,24 @@ def recorded(groups):
 
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
-            # On the instance, past Keras' tracking of attributes; a layer that has
-            # a `call` of its own there gets it back.
-            stack.callback(_restore, layer, layer.__dict__.get("call"))
-            layer.__dict__["call"] = replaced(layer)
+            stack.enter_context(replaced_call(layer, replaced))
         yield outputs
+
+
+@contextlib.contextmanager
+def replaced_call(layer, replaced):
+    """Context in which a layer's `call` is `replaced(layer, call)`."""
+    # On the instance, past Keras' tracking of attributes; a layer that has a `call` of
+    # its own there gets it back.
+    kept = layer.__dict__.get("call")
+    layer.__dict__["call"] = replaced(layer, layer.call)
+    try:
+        yield
+    finally:
+        if kept is None:
+            del layer.__dict__["call"]
+        else:
+            layer.__dict__["call"] = kept
 
 
 def _is_of_samples(output, samples):
@@ -169,13 +180,6 @@ def _is_of_samples(output, samples):
         and keras.backend.is_float_dtype(output.dtype)
         and tuple(output.shape[:1]) in ((samples,), (None,))
     )
-
-
-def _restore(layer, call):
-    if call is None:
-        del layer.__dict__["call"]
-    else:
-        layer.__dict__["call"] = call
 
 
 def _units(model) -> list[Group]:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, backend, layers, outputs
+from keras_milr.normalisation import BatchStatistics
 from keras_milr.readouts import Columns, Information, Predictions, mean
 from keras_milr.readouts.predictions import scaled, tally
 
@@ -30,8 +31,8 @@ class Probe:
     devices has a part of every batch; with a `tf.distribute` strategy the first device
     of each worker has all of it. Layers are read in the same pass, which
     keeps a few numbers of each sample for them; see `readouts.LinearReadout`. The model
-    runs in inference mode and is left as it was: weights, statistics, random seeds and
-    metrics.
+    runs in inference mode, but for batch normalisation, which goes by each batch as in
+    training, and is left as it was: weights, averages, random seeds and metrics.
 
     Where an output has a label for each position, each counts, with its weight and
     within the mask that the model attaches to the output. Positions of one sample are
@@ -59,6 +60,9 @@ class Probe:
     def __init__(self, model, sample, readout=None, groups=(), layer_readout=None):
         self.layer_readout = layer_readout
         self.accuracy, self.finite, self.details = math.nan, True, {}
+        statistics = BatchStatistics(model)
+        if statistics:
+            sample = _shuffled(sample)
         self._labels = sample.labels
         self._readouts = [output_readout(one.target, readout) for one in self._labels]
         self._batches = _equal_batches(sample, outputs.fixed_batch_size(model))
@@ -69,7 +73,10 @@ class Probe:
         chances = [rng.uniform(1e-6, 1.0, (rows, n)).astype("float32") for n in places]
 
         def step(forward, state, x, class_ids, weights, chances):
-            with layers.recorded(groups) as activations:
+            with (
+                statistics.used(forward, x),
+                layers.recorded(groups) as activations,
+            ):
                 flat = keras.tree.flatten(forward(x))
                 recorded = activations(rows)
             new, features, whole = [], [], None
@@ -283,6 +290,15 @@ def _activation_at(activation, pick, target, name):
     size = math.prod(rest)
     rows = keras.ops.reshape(activation, (pick.shape[0], *positions, size))
     return keras.ops.reshape(_at(rows, pick, target, True), (-1, *rest))
+
+
+def _shuffled(sample):
+    """The sample in random order: in that of its data, a batch may be of one class."""
+    order = np.random.default_rng(0).permutation(len(sample.class_ids))
+    return sample._replace(
+        x=keras.tree.map_structure(lambda a: a[order], sample.x),
+        labels=[labels.of(order) for labels in sample.labels],
+    )
 
 
 def _equal_batches(sample, size=None):

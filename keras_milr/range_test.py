@@ -223,7 +223,7 @@ def lr_range_test(
             sample, training = _split(
                 rows, model, steps, batch_size, class_weight, probe_size, seed
             )
-        with untouched(model, settle=steps) as restart:
+        with untouched(model) as restart:
             trial = trials.Trial(model, layers, sample, training, restart, reseed)
             if verbose > 0:
                 _announce(count, steps, batch_size, budget, epoch, sample)

@@ -7,14 +7,13 @@ import numpy as np
 
 from keras_milr import backend
 from keras_milr.readouts import Information
-from keras_milr.untouched import assign, has_statistics
+from keras_milr.untouched import assign
 
 MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # share of H(Y)
 _SAME = 1e-6  # outputs that differ by less are the same
 _LITTLE = 0.1  # share of H(Y)
 _LASTS = 3  # readings in a row
-_SETTLED = 300  # steps; 0.99 ** 300 = 0.05, with Keras' momentum of normalisation
 
 
 class Rollback:
@@ -56,7 +55,7 @@ class Rollback:
         values = self._values()
         failure, self._undo = self._not_finite(values, loss), False
         # A model that had no weights at the start has no best reading yet.
-        compared = self._best is not None and not self._lags(output, loss)
+        compared = self._best is not None
         if compared and failure is None:
             failure = collapse(output, self._best, self._first)
         if compared and failure is None and raised:
@@ -116,21 +115,6 @@ class Rollback:
             f"for {_LASTS} readings the information stayed far below what it was, "
             f"{output.accessible:.4g} of {self._best.accessible:.4g} nats"
         )
-
-    def _lags(self, output, loss):
-        """Whether a reading may be of statistics that are behind the weights.
-
-        Those of batch normalisation are, for some hundred batches: what inference mode
-        reads is worse than what is trained. The loss tells the two apart; in an epoch
-        of a few first batches it may be above H(Y) though all is well. Where it is no
-        cross-entropy, nothing tells them apart.
-        """
-        if not has_statistics(self._model):
-            return False
-        if math.isnan(output.cross_entropy):
-            return True
-        start = int(self._model.optimizer.iterations) < _SETTLED
-        return loss < (1.5 if start else 0.9) * output.entropy
 
     def restore(self):
         """Sets weights and optimizer back to the last good reading, or to the start.

@@ -34,6 +34,11 @@ class Labels(NamedTuple):
     class_ids: np.ndarray
     sample_weight: np.ndarray | None
 
+    def of(self, rows) -> "Labels":
+        """Those of some samples, or of all in another order."""
+        weight = None if self.sample_weight is None else self.sample_weight[rows]
+        return self._replace(class_ids=self.class_ids[rows], sample_weight=weight)
+
 
 class Sample(NamedTuple):
     """Labelled samples to measure on.

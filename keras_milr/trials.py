@@ -9,7 +9,6 @@ import numpy as np
 from keras_milr import probe, rates
 from keras_milr.readouts import Information
 from keras_milr.sampling import is_skewed
-from keras_milr.untouched import has_statistics
 
 STEPS = 30  # of a candidate, at most, where the number is not given
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -62,10 +61,6 @@ class Trial:
                 )
         self.own_rate = float(self._rates.get().max())
         self._probe = probe.Probe(model, sample)
-        if has_statistics(model):
-            # As they will be after the training, which alone shall make a difference.
-            for x, _, _ in batches:
-                model(x, training=True)
         self.start = self._read(0.0)
         _check_start(self.start, sample.labels)
         self.skewed = is_skewed(sample.labels, self.start.info.entropy)

@@ -38,7 +38,7 @@ def own_random_state(seed: int):
 
 
 @contextlib.contextmanager
-def untouched(model, settle: int | None = None):
+def untouched(model):
     """Lends a model for trainings that it will not remember, whatever happens in them.
 
     The model trains with a copy of its optimizer and a train function of its own, both
@@ -52,10 +52,6 @@ def untouched(model, settle: int | None = None):
 
     Args:
         model: A compiled, built `keras.Model`.
-        settle: Number of training steps after which batch normalisation shall use the
-            statistics of these steps. With the usual momentum of 0.99 they come in
-            so slowly that after a few steps the model cannot be measured in inference
-            mode. Training itself does not depend on it. Defaults to `None`: as it is.
 
     Yields:
         A function that sets the model and the optimizer back to the start.
@@ -65,7 +61,6 @@ def untouched(model, settle: int | None = None):
     variables += _kept(backend.buffers(model))
     optimizer = _copy_optimizer(model)
     slots = _kept(optimizer.variables)
-    momentum = [(layer, layer.momentum) for layer in _normalisations(model)]
 
     def restart():
         assign(variables + slots)
@@ -73,12 +68,8 @@ def untouched(model, settle: int | None = None):
     with _keras.set_aside(model, optimizer), backend.module_modes(model):
         metrics = _kept(_on_each_replica(model, model.metrics_variables))
         try:
-            if settle is not None:
-                _settle(momentum, settle)
             yield restart
         finally:
-            for layer, value in momentum:
-                layer.momentum = value
             model.reset_metrics()  # Those that were built only now.
             assign(variables + metrics)
 
@@ -86,15 +77,6 @@ def untouched(model, settle: int | None = None):
 def _kept(variables):
     # Not the memory that the variables are trained in: a view would follow them.
     return [(v, keras.ops.convert_to_numpy(v).copy()) for v in variables]
-
-
-def _settle(momentum, steps):
-    kept = 0.01 ** (1 / steps)  # A hundredth of the old is left at the end.
-    for layer, value in momentum:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = min(value, kept)
-        elif value is not None:  # PyTorch's, which is the share of the new.
-            layer.momentum = max(value, 1 - kept)
 
 
 def _on_each_replica(model, variables):
@@ -119,18 +101,6 @@ def assign(pairs):
             interrupt = error
     if interrupt is not None:
         raise interrupt
-
-
-def has_statistics(model) -> bool:
-    """Whether the model has batch normalisation that follows the training."""
-    # PyTorch's does, whether its weights are trained or not.
-    return any(getattr(one, "trainable", True) for one in _normalisations(model))
-
-
-def _normalisations(model):
-    kind = keras.layers.BatchNormalization
-    found = [layer for layer in _keras.all_layers(model) if isinstance(layer, kind)]
-    return [*found, *backend.normalisations(model)]
 
 
 def _copy_optimizer(model):

@@ -16,9 +16,9 @@ those after it where there is something special to the backend; else `plain` has
 - `bincount(ids, size, weights=None)`: NumPy array of how often each id in `[0, size)`
   occurs, or of the sums of its weights; not in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
-  `forward(x)` is the model in inference mode with all its state left alone. It
-  is traced once for each set of shapes and types, and reads the weights that the
-  model has when it is called.
+  `forward(x, training=False)` is the model with all its state left alone. It is traced
+  once for each set of shapes and types, and reads the weights that the model has when
+  it is called.
 - `shards()`: into how many parts the rows of a batch are split, one for each device of
   a distribution of Keras; 1 without one.
 - `split(x)`: the array `x` as a tensor, with its rows on these devices.
@@ -37,7 +37,9 @@ What modules of PyTorch inside a model keep beside Keras, which is nothing elsew
 - `module_modes(model)`: context after which each module is in training mode, or not, as
   before.
 - `normalisations(model)`: the modules that normalise batches and follow the training in
-  their statistics. Their `momentum` is the share of the new, if not None.
+  their statistics.
+- `modes_by_call(modules, mode)`: context in which `mode(module, training)` decides at
+  each call of a module whether it is in training mode.
 
 Datasets and global random numbers are not those of the backend only: a model on JAX may
 be trained from a `DataLoader` of PyTorch or a `tf.data.Dataset`. The modules of
@@ -91,6 +93,7 @@ class_sums = _special("class_sums")
 copies = _special("copies")
 inference = _special("inference")
 module_modes = _special("module_modes")
+modes_by_call = _special("modes_by_call")
 normalisations = _special("normalisations")
 of_first_worker = _special("of_first_worker")
 on_several_workers = _special("on_several_workers")
@@ -143,6 +146,7 @@ __all__ = [
     "is_in_reach",
     "is_symbolic",
     "jit",
+    "modes_by_call",
     "module_modes",
     "normalisations",
     "of_first_worker",

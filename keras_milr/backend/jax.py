@@ -64,9 +64,9 @@ def compile_step(model, step):
         # a trace would be a constant: the reading would be of old weights for ever.
         state = list(zip(model.variables, values, strict=True))
 
-        def forward(x):
+        def forward(x, training=False):
             with keras.StatelessScope(state_mapping=state):
-                return model(x, training=False)
+                return model(x, training=training)
 
         return step(forward, *args)
 

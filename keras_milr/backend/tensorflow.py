@@ -37,11 +37,13 @@ def bincount(ids, size, weights=None):
 
 
 def compile_step(model, step):
-    def forward(x):
+    def forward(x, training=False):
         # Stateless, so that even a layer which draws random numbers or updates
         # statistics at inference leaves no trace.
-        with keras.StatelessScope():
-            return model(x, training=False)
+        own = training and tf.executing_eagerly()
+        random_state = own_random_state(0) if own else contextlib.nullcontext()
+        with random_state, keras.StatelessScope():
+            return model(x, training=training)
 
     def run(*args):
         return step(forward, *args)

@@ -76,9 +76,10 @@ def bincount(ids, size, weights=None):
 
 
 def compile_step(model, step):
-    def forward(x):
-        with inference(model), keras.StatelessScope():
-            return model(x, training=False)
+    def forward(x, training=False):
+        random_state = own_random_state(0) if training else contextlib.nullcontext()
+        with random_state, inference(model), keras.StatelessScope():
+            return model(x, training=training)
 
     return jit(functools.partial(step, forward))
 
@@ -166,6 +167,19 @@ def normalisations(model):
         if isinstance(module, (*kinds, torch.nn.SyncBatchNorm))
         and module.track_running_stats
     ]
+
+
+@contextlib.contextmanager
+def modes_by_call(modules, mode):
+    def set_mode(module, _):
+        module.training = mode(module, module.training)
+
+    hooks = [module.register_forward_pre_hook(set_mode) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+"""Batch normalisation by the statistics of what is read, as in training."""
+
+import contextlib
+
+import keras
+
+from keras_milr import _keras, backend
+from keras_milr.layers import replaced_call
+
+
+class BatchStatistics:
+    """Lets a model in inference mode normalise each batch by its own statistics.
+
+    The averages that are kept for inference lag behind the weights by some hundred
+    batches: read with them, a network that learns seems to know little.
+
+    It does so where the model follows the batches in training: not in layers that are
+    frozen, or called with `training=False`. Which these are shows a pass in training
+    mode that leaves no trace, done with the first that is read.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+
+    def __init__(self, model):
+        kind = keras.layers.BatchNormalization
+        self._layers = [
+            one for one in _keras.all_layers(model) if isinstance(one, kind)
+        ]
+        self._modules = backend.normalisations(model)
+        self._following = None
+
+    def __bool__(self):
+        return bool(self._layers or self._modules)
+
+    @contextlib.contextmanager
+    def used(self, forward, x):
+        """For what is called in it; `forward(x, training=True)` is the training."""
+        if not self:
+            yield
+            return
+        if self._following is None:
+            following = set()
+
+            def note(layer, training):
+                if training:
+                    following.add(id(layer))
+                return training
+
+            with self._each_call(note):
+                forward(x, training=True)
+            self._following = following
+        with self._each_call(lambda layer, training: id(layer) in self._following):
+            yield
+
+    @contextlib.contextmanager
+    def _each_call(self, mode):
+        """Layers are called with `training=mode(layer, training)`."""
+
+        def replaced(layer, call):
+            def called(*args, **kwargs):
+                if "training" in kwargs:  # A class of one's own may do without.
+                    kwargs["training"] = mode(layer, kwargs["training"])
+                return call(*args, **kwargs)
+
+            return called
+
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(replaced_call(layer, replaced))
+            stack.enter_context(backend.modes_by_call(self._modules, mode))
+            yield
