@@ -511,6 +511,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
         self._length = self._planned("steps") or self._batch or None
+        found = None
+        if self._probe is not None and self._probe.averages:
+            found = self._measured(self.model, by_batch=False)
         if self.update_freq == "epoch":
             if self.layers is None:
                 self._overruled.trained_at(base)
@@ -518,7 +521,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._note_state(epoch + 1)
         if self._probe is None:
             return
-        output, infos = self._last
+        output, infos = found or self._last
         logs["probe_mutual_information"] = output.value
         logs["probe_information"] = output.accessible
         if self.layers is None:
@@ -845,15 +848,18 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self._table is not None:
             info = self._table.measure(mid_epoch)
             return None if info is None else [info]
-        output, by_layer = self._probe.measure()
+        self._last = self._measured(model, by_batch=True)
+        return self._last[1]
+
+    def _measured(self, model, by_batch):
+        """What the probe has found at the output, and for each rate."""
+        output, by_layer = self._probe.measure(by_batch)
         if backend.on_several_workers(model):
             # All must decide the same, whatever data and device each of them has.
             found = readouts.to_array([output, *by_layer])
             found = backend.of_first_worker(model, found)
             output, *by_layer = readouts.from_array(found)
-        infos = by_layer or [output]
-        self._last = output, infos
-        return infos
+        return output, by_layer or [output]
 
     def _noise(self, info) -> float:
         within = self.update_freq != "epoch" or self._divided > 1

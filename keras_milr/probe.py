@@ -1,5 +1,6 @@
 """One compiled pass that measures a model on a fixed sample."""
 
+import contextlib
 import functools
 import math
 
@@ -31,8 +32,8 @@ class Probe:
     devices has a part of every batch; with a `tf.distribute` strategy the first device
     of each worker has all of it. Layers are read in the same pass, which
     keeps a few numbers of each sample for them; see `readouts.LinearReadout`. The model
-    runs in inference mode, but for batch normalisation, which goes by each batch as in
-    training, and is left as it was: weights, averages, random seeds and metrics.
+    runs in inference mode and is left as it was: weights, averages, random seeds and
+    metrics.
 
     Where an output has a label for each position, each counts, with its weight and
     within the mask that the model attaches to the output. Positions of one sample are
@@ -60,11 +61,15 @@ class Probe:
     def __init__(self, model, sample, readout=None, groups=(), layer_readout=None):
         self.layer_readout = layer_readout
         self.accuracy, self.finite, self.details = math.nan, True, {}
-        statistics = BatchStatistics(model)
-        if statistics:
-            sample = _shuffled(sample)
         self._labels = sample.labels
         self._readouts = [output_readout(one.target, readout) for one in self._labels]
+        self._statistics = BatchStatistics(model)
+        self._places = None
+        if self._statistics:
+            # In the order of the data, a batch may be of one class.
+            order = np.random.default_rng(0).permutation(len(sample.class_ids))
+            self._places = np.argsort(order)
+            sample = sample.of(order)
         self._batches = _equal_batches(sample, outputs.fixed_batch_size(model))
         self._groups = list(groups)
         rng, rows = np.random.default_rng(0), len(self._batches[0][1][0])
@@ -72,11 +77,11 @@ class Probe:
         places = places if self._groups else [1] * len(places)
         chances = [rng.uniform(1e-6, 1.0, (rows, n)).astype("float32") for n in places]
 
-        def step(forward, state, x, class_ids, weights, chances):
-            with (
-                statistics.used(forward, x),
-                layers.recorded(groups) as activations,
-            ):
+        def step(by_batch, forward, state, x, class_ids, weights, chances):
+            normalised = contextlib.nullcontext()
+            if by_batch:
+                normalised = self._statistics.used(forward, x)
+            with normalised, layers.recorded(groups) as activations:
                 flat = keras.tree.flatten(forward(x))
                 recorded = activations(rows)
             new, features, whole = [], [], None
@@ -110,15 +115,29 @@ class Probe:
                 features.append((read, ids, of_sample))
             return new, features
 
-        self._step = backend.compile_step(model, step)
+        self._steps = [
+            backend.compile_step(model, functools.partial(step, by_batch))
+            for by_batch in (False, True)
+        ]
         self._empty = self._empty_state()
         self._chances = [keras.ops.convert_to_tensor(a) for a in chances]
 
-    def measure(self) -> tuple[Information, list[Information]]:
-        """One reading of the model as it is now: of the outputs, and of each group."""
+    @property
+    def averages(self) -> bool:
+        """Whether the model has batch normalisation, with averages for inference."""
+        return bool(self._statistics)
+
+    def measure(self, by_batch=False) -> tuple[Information, list[Information]]:
+        """One reading of the model as it is now: of the outputs, and of each group.
+
+        Args:
+            by_batch: Whether batches are normalised by their own statistics, as in
+                training; see `BatchStatistics`. Defaults to `False`: as in inference.
+        """
         state, parts = self._empty, []
+        step = self._steps[by_batch and self.averages]
         for batch in self._batches:
-            state, features = self._step(state, *batch, self._chances)
+            state, features = step(state, *batch, self._chances)
             parts.append(features)
         return self._finish(state), self._read(parts) if self._groups else []
 
@@ -173,8 +192,8 @@ class Probe:
             class_ids, weight = labels.class_ids, labels.sample_weight
             if target.positions:
                 class_ids, weight = (
-                    keras.ops.convert_to_numpy(keras.ops.concatenate(batches))[:n]
-                    for batches in (ids, weights)
+                    keras.ops.convert_to_numpy(self._in_order(batches[:n]))
+                    for batches in map(keras.ops.concatenate, (ids, weights))
                 )
                 weight = weight * (weight.sum() / (weight**2).sum())
             questions = [(class_ids, target.num_classes)]
@@ -191,11 +210,17 @@ class Probe:
             by_group = zip(*features, strict=True)
             for group, batches in zip(self._groups, by_group, strict=True):
                 _check_rows(group, batches, rows)
-                whole = _compiled_join()(batches, n)
+                whole = self._in_order(_compiled_join()(batches, n))
                 infos.append(mean([read(whole) for read in readers]))
             by_output.append(infos)
         shares = [labels.share for labels in self._labels]
         return [mean(infos, shares) for infos in zip(*by_output, strict=True)]
+
+    def _in_order(self, rows):
+        """Rows in the order of the sample."""
+        if self._places is None:
+            return rows
+        return keras.ops.take(rows, self._places, axis=0)
 
 
 def _check_rows(group, batches, rows):
@@ -290,15 +315,6 @@ def _activation_at(activation, pick, target, name):
     size = math.prod(rest)
     rows = keras.ops.reshape(activation, (pick.shape[0], *positions, size))
     return keras.ops.reshape(_at(rows, pick, target, True), (-1, *rest))
-
-
-def _shuffled(sample):
-    """The sample in random order: in that of its data, a batch may be of one class."""
-    order = np.random.default_rng(0).permutation(len(sample.class_ids))
-    return sample._replace(
-        x=keras.tree.map_structure(lambda a: a[order], sample.x),
-        labels=[labels.of(order) for labels in sample.labels],
-    )
 
 
 def _equal_batches(sample, size=None):

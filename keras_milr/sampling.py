@@ -35,7 +35,7 @@ class Labels(NamedTuple):
     sample_weight: np.ndarray | None
 
     def of(self, rows) -> "Labels":
-        """Those of some samples, or of all in another order."""
+        """Those of some samples."""
         weight = None if self.sample_weight is None else self.sample_weight[rows]
         return self._replace(class_ids=self.class_ids[rows], sample_weight=weight)
 
@@ -54,6 +54,13 @@ class Sample(NamedTuple):
     labels: list[Labels]
     signature: list
     notes: list[str]
+
+    def of(self, rows) -> "Sample":
+        """Some samples of it, or all in another order."""
+        return self._replace(
+            x=keras.tree.map_structure(lambda a: a[rows], self.x),
+            labels=[labels.of(rows) for labels in self.labels],
+        )
 
     @property
     def class_ids(self) -> np.ndarray:

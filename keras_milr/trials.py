@@ -90,7 +90,7 @@ class Trial:
         return row
 
     def _read(self, rate):
-        info, _ = self._probe.measure()
+        info, _ = self._probe.measure(by_batch=True)
         if not self._probe.finite:
             return Row(rate, None, math.nan, math.nan, True)
         return Row(rate, info, info.cross_entropy, self._probe.accuracy, False)
