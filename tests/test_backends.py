@@ -626,7 +626,7 @@ def test_a_reading_leaves_modules_as_they_were(digits):
 
 @MODULES
 def test_the_range_test_reads_a_module_as_keras_own_layer(digits):
-    """Batch normalisation, whose statistics have to follow a few steps."""
+    """Batch normalisation by the statistics of a batch, as in training."""
     found = []
     for own in (True, False):
         model = with_modules()
@@ -641,25 +641,9 @@ def test_the_range_test_reads_a_module_as_keras_own_layer(digits):
                 *(model, *digits), candidates=[1e-3, 1e-2, 0.1], steps=8, verbose=0
             )
         )
-    # PyTorch divides by n − 1 for the running variance.
-    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=0.02)
-    np.testing.assert_allclose(found[0].information, found[1].information, atol=0.05)
+    np.testing.assert_allclose(found[0].loss, found[1].loss, rtol=1e-3)
+    np.testing.assert_allclose(found[0].information, found[1].information, atol=1e-3)
     assert found[1].information[-1] > 1.0
-
-
-@MODULES
-def test_statistics_of_modules_that_lag_are_no_failure():
-    """As of Keras' own batch normalisation: what is trained may be better."""
-    nats = np.log(10)
-    good = Information(1.8, 1.8, nats, 0.0, 0.02, 1.8, 0.02, nats - 1.8, 0.5)
-    bad = Information(0.0, 0.0, nats, 0.0, 0.02, 0.0, 0.02, 2.5, 0.5)
-    for follows in (True, False):
-        model = with_modules()
-        whole_state(model)[2].track_running_stats = follows
-        guard = Rollback(model)
-        guard.keep(good, [good])
-        failure = guard.judge(bad, [bad], loss=0.5)
-        assert failure is None if follows else "information was lost" in failure
 
 
 @MODULES

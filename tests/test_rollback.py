@@ -114,14 +114,6 @@ class TestRaise:
     def test_costs_nothing(self, now):
         assert fell(now, self.BEST) is None
 
-    def test_is_not_judged_by_statistics_that_lag(self):
-        for normalise, failed in ((False, True), (True, False)):
-            model = make_model(normalise=normalise)
-            guard = Rollback(model)
-            guard.keep(self.BEST, [])
-            failure = guard.judge(info(0.8, 1.5), [], loss=1.2, raised=True)
-            assert (failure is not None) is failed
-
     @pytest.mark.parametrize("undoes", [True, False])
     @pytest.mark.parametrize("reached", [True, False], ids=["reached", "start"])
     def test_is_undone(self, undoes, reached, digits):
@@ -457,8 +449,8 @@ def test_never_for_outputs_that_start_inverted(optimizer):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_never_for_statistics_that_lag(seed, digits):
-    """Batch normalisation whose averages are of other weights, in the first epochs."""
+def test_never_for_averages_that_lag(seed, digits):
+    """Those of batch normalisation, which are of other weights in the first epochs."""
     x, y = (a[:640] for a in digits)
     keras.utils.set_random_seed(seed)
     model = keras.Sequential(
@@ -479,8 +471,9 @@ def test_never_for_statistics_that_lag(seed, digits):
     logs = model.fit(x, y, batch_size=10, epochs=5, verbose=0, callbacks=[callback])
     assert callback.history[-1]["rollbacks"] == 0
     assert logs.history["accuracy"][-1] > 0.7
-    # The test is none if the readings are not bad.
-    assert callback.history[1]["cross_entropy"] > 1.5 * logs.history["loss"][0]
+    # The test is none if inference is not bad.
+    shown = logs.history["probe_information"][0]
+    assert shown < callback.history[1]["information"] - 0.2
 
 
 class TestLastingLoss:
@@ -549,7 +542,7 @@ def test_units_that_are_switched_off_for_good(explores, digits):
 
 
 @pytest.mark.parametrize(("rate", "healthy"), [(0.1, True), (1.0, False)])
-def test_of_few_batches_and_statistics_that_lag(rate, healthy, digits):
+def test_of_few_batches_and_averages_that_lag(rate, healthy, digits):
     """The loss of the first epoch, of 3 batches, is above H(Y) where all is well."""
     x, y = (a[:96] for a in digits)
     layers = [keras.Input((64,))]
@@ -571,25 +564,9 @@ def test_of_few_batches_and_statistics_that_lag(rate, healthy, digits):
         logs = model.fit(x, y, epochs=12, verbose=0, callbacks=[callback]).history
     assert (callback.history[-1]["rollbacks"] == 0) is healthy
     assert logs["accuracy"][-1] > 0.9
-    # The test is none if the loss and the readings are not bad.
+    # The test is none if the loss and inference are not bad.
     assert logs["loss"][0] > H
-    assert callback.history[1]["cross_entropy"] > 2 * H
-
-
-def test_when_statistics_may_lag():
-    """The loss may be higher in the first few hundred steps."""
-    model = make_model(normalise=True)
-    guard = Rollback(model)
-    guard.keep(info(0.1, 2.3), [])
-    bad = info(0.0, 5.0)
-    for step, loss, failed in (
-        (*(299, 1.4), False),
-        (*(299, 1.6), True),
-        (*(300, 0.8), False),
-        (*(300, 1.0), True),
-    ):
-        model.optimizer.iterations.assign(step)
-        assert (guard.judge(bad, [], loss=loss * H) is not None) is failed
+    assert logs["probe_information"][0] < 0.1
 
 
 def test_bad_argument(digits):
