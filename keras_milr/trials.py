@@ -15,6 +15,7 @@ _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
 _NEGLIGIBLE = 0.01  # share of H(Y)
 _GUESS = 1.05  # of H(Y): the loss where about the shares of the classes are known
+_MUCH = 0.25  # share of H(Y), known although the loss does not say so
 COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
 
@@ -108,13 +109,14 @@ class Trial:
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
         known, entropy = best.info.accessible, row.info.entropy
-        if known < 0.05 * entropy:
-            return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
-        limit = 0.95 * entropy
-        added = known > 1.1 * self.start.info.accessible
         # Units that are dead say the same of most samples.
         dead = row.info.repeated > 0.5
         lucky = best.loss > _GUESS * entropy and not dead
+        little = _MUCH if best.loss > entropy and not dead else 0.05
+        if known < little * entropy:
+            return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
+        limit = 0.95 * entropy
+        added = known > 1.1 * self.start.info.accessible
         if lucky or not added or row.info.accessible > 0.1 * known:
             limit = np.fmax(limit, best.loss)
         # The loss may be unknown.
@@ -173,17 +175,19 @@ def trained(rows):
 def moved(trial):
     """The rows that trained and know more than there was at the start.
 
-    Where classes are rare, outputs that are worse than their shares may tell them apart
-    by chance, at rates too low to have learned the shares, or so high that the outputs
-    swing: that is not known for long.
+    Outputs that are worse than the shares of the classes may tell some apart, by
+    differences that are small and pass: that is nothing to judge a rate by unless it is
+    much. Where classes are rare it is nothing at all.
     """
     known, entropy = trial.start.info.accessible, trial.start.info.entropy
-    most = _GUESS * entropy if trial.skewed else math.inf
+    most = (_GUESS if trial.skewed else 1.0) * entropy
+    much = math.inf if trial.skewed else _MUCH * entropy
     return [
         row
         for row in trained(trial.rows)
         if row.info.accessible > known + max(2 * row.info.noise, _NEGLIGIBLE * entropy)
-        and not row.loss > most  # It may be unknown.
+        # The loss may be unknown.
+        and not (row.loss > most and row.info.accessible < much)
     ]
 
 
