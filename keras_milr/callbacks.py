@@ -57,7 +57,9 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     Two lower bounds of the information are measured in the same pass: the counted
     mutual information of (prediction, label), and H(Y) − CE. The larger one is what the
-    policy sees.
+    policy sees. It is measured in inference mode, but with batch normalisation as in
+    training: by the statistics of the probe's batches, since the averages for inference
+    lag behind the weights by some hundred batches.
 
     Labels may be of any kind: classes, yes or no, several of these at once, numbers;
     one for each sample, token or pixel, of one output or several. Of yes-or-no labels,
@@ -81,7 +83,9 @@ class MutualInformationLR(keras.callbacks.Callback):
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
     bias) and `probe_information` (what the policy sees for the network), both of the
     last reading; with `layers` also `learning_rate/<layer>` and
-    `probe_mutual_information/<layer>`.
+    `probe_mutual_information/<layer>`. With batch normalisation these are of inference,
+    as `predict` is, read once more at the end of the epoch; `history` has what the
+    policy saw.
 
     In the list of callbacks it must stand before `BackupAndRestore`, and before one of
     your own that uses these keys, calls `evaluate` or changes weights; and after one of

@@ -16,8 +16,8 @@ first epoch, of a probe: a rate that is far too low is then raised before the ep
 lost. One whose attribute `glides` is true says with a rate below the present one where
 the rate shall be at the next reading: it gets there step by step, instead of at once.
 One whose attribute `anneals` is true brings the rate down by the end of the training.
-In a training of few epochs it is shown readings within each of them, of a probe, so
-that it can; and afterwards the rate is set back to the highest, for a `fit` to come.
+In a training of few epochs it is shown readings within each of them so that it can; and
+afterwards the rate is set back to the highest, for a `fit` to come.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value

@@ -36,6 +36,18 @@ def test_what_an_output_worse_than_the_shares_knows_is_chance(skewed, best):
     assert trials.best_of(trial(*rows, skewed=skewed)).rate == best
 
 
+def test_little_that_the_loss_does_not_know_is_nothing():
+    """As of sigmoid units on a plateau: small differences, which pass."""
+    rows = (1e-3, 0.3, 2.05), (1e-2, 0.45, 2.02), (0.1, 0.01, 2.1)
+    plateau = trial(*rows)
+    assert trials.moved(plateau) == []
+    assert not trials.Trial._collapsed(trial(*rows[:2]), plateau.rows[2])
+    learned = trial(*rows, (1.0, 0.3, 1.95))
+    assert [row.rate for row in trials.moved(learned)] == [1.0]
+    much = trial(*rows, (1.0, 0.55, 2.4))
+    assert [row.rate for row in trials.moved(much)] == [1.0]
+
+
 @pytest.mark.parametrize("skewed", [False, True])
 def test_to_lose_a_lucky_start_is_no_collapse(skewed):
     """But where most samples have the same output then."""
