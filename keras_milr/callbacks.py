@@ -83,9 +83,9 @@ class MutualInformationLR(keras.callbacks.Callback):
     trained with, and from a probe `probe_mutual_information` (counted, corrected for
     bias) and `probe_information` (what the policy sees for the network), both of the
     last reading; with `layers` also `learning_rate/<layer>` and
-    `probe_mutual_information/<layer>`. With batch normalisation these are of inference,
-    as `predict` is, read once more at the end of the epoch; `history` has what the
-    policy saw.
+    `probe_mutual_information/<layer>`. With batch normalisation the two of the network
+    are of inference, as `predict` is, read once more at the end of the epoch; `history`
+    has what the policy saw.
 
     In the list of callbacks it must stand before `BackupAndRestore`, and before one of
     your own that uses these keys, calls `evaluate` or changes weights; and after one of
@@ -515,9 +515,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
         self._length = self._planned("steps") or self._batch or None
-        found = None
-        if self._probe is not None and self._probe.averages:
-            found = self._measured(self.model, by_batch=False)
+        shown = None
+        if self._probe is not None and self._probe.has_averages:
+            shown, _ = self._measured(self.model, by_batch=False, with_layers=False)
         if self.update_freq == "epoch":
             if self.layers is None:
                 self._overruled.trained_at(base)
@@ -525,9 +525,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._note_state(epoch + 1)
         if self._probe is None:
             return
-        output, infos = found or self._last
-        logs["probe_mutual_information"] = output.value
-        logs["probe_information"] = output.accessible
+        output, infos = self._last
+        shown = shown or output
+        logs["probe_mutual_information"] = shown.value
+        logs["probe_information"] = shown.accessible
         if self.layers is None:
             return
         for name, rate, info in zip(self._rates.names, by_layer, infos, strict=True):
@@ -855,9 +856,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._last = self._measured(model, by_batch=True)
         return self._last[1]
 
-    def _measured(self, model, by_batch):
+    def _measured(self, model, **arguments):
         """What the probe has found at the output, and for each rate."""
-        output, by_layer = self._probe.measure(by_batch)
+        output, by_layer = self._probe.measure(**arguments)
         if backend.on_several_workers(model):
             # All must decide the same, whatever data and device each of them has.
             found = readouts.to_array([output, *by_layer])

@@ -77,7 +77,7 @@ class Probe:
         places = places if self._groups else [1] * len(places)
         chances = [rng.uniform(1e-6, 1.0, (rows, n)).astype("float32") for n in places]
 
-        def step(by_batch, forward, state, x, class_ids, weights, chances):
+        def step(by_batch, groups, forward, state, x, class_ids, weights, chances):
             normalised = contextlib.nullcontext()
             if by_batch:
                 normalised = self._statistics.used(forward, x)
@@ -97,7 +97,7 @@ class Probe:
                         "square": state[i]["square"] + keras.ops.sum(of_sample**2),
                     }
                 )
-                if not self._groups:
+                if not groups:
                     continue
                 if target.positions:
                     pick = _picked(weight, chances[i])
@@ -115,31 +115,40 @@ class Probe:
                 features.append((read, ids, of_sample))
             return new, features
 
-        self._steps = [
-            backend.compile_step(model, functools.partial(step, by_batch))
-            for by_batch in (False, True)
-        ]
+        @functools.cache
+        def compiled(by_batch, with_layers):
+            chosen = self._groups if with_layers else []
+            return backend.compile_step(
+                model, functools.partial(step, by_batch, chosen)
+            )
+
+        self._compiled = compiled
         self._empty = self._empty_state()
         self._chances = [keras.ops.convert_to_tensor(a) for a in chances]
 
     @property
-    def averages(self) -> bool:
+    def has_averages(self) -> bool:
         """Whether the model has batch normalisation, with averages for inference."""
         return bool(self._statistics)
 
-    def measure(self, by_batch=False) -> tuple[Information, list[Information]]:
-        """One reading of the model as it is now: of the outputs, and of each group.
+    def measure(self, by_batch=False, with_layers=True):
+        """One reading of the model as it is now.
 
         Args:
             by_batch: Whether batches are normalised by their own statistics, as in
                 training; see `BatchStatistics`. Defaults to `False`: as in inference.
+            with_layers: Whether the groups are read too. Defaults to `True`.
+
+        Returns:
+            The `Information` of the outputs, and a list of that of each group.
         """
         state, parts = self._empty, []
-        step = self._steps[by_batch and self.averages]
+        with_layers = with_layers and bool(self._groups)
+        step = self._compiled(by_batch and self.has_averages, with_layers)
         for batch in self._batches:
             state, features = step(state, *batch, self._chances)
             parts.append(features)
-        return self._finish(state), self._read(parts) if self._groups else []
+        return self._finish(state), self._read(parts) if with_layers else []
 
     def _empty_state(self):
         zero = np.zeros((), "float32")
