@@ -1,6 +1,7 @@
 """Batch normalisation by the statistics of what is read, as in training."""
 
 import contextlib
+import warnings
 
 import keras
 
@@ -40,18 +41,31 @@ class BatchStatistics:
             yield
             return
         if self._following is None:
-            following = set()
-
-            def note(layer, training):
-                if training:
-                    following.add(id(layer))
-                return training
-
-            with self._each_call(note):
-                forward(x, training=True)
-            self._following = following
+            self._following = self._find(forward, x)
         with self._each_call(lambda layer, training: id(layer) in self._following):
             yield
+
+    def _find(self, forward, x):
+        following = set()
+
+        def note(layer, training):
+            if training:
+                following.add(id(layer))
+            return training
+
+        try:
+            with self._each_call(note):
+                forward(x, training=True)
+        except Exception as error:  # Of the user's `call`, which may want labels too.
+            warnings.warn(
+                "MutualInformationLR: the model cannot be called with `training=True` "
+                "on inputs alone, so readings go by the averages of batch "
+                "normalisation, which lag behind the weights. "
+                f"Received: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return set()
+        return following
 
     @contextlib.contextmanager
     def _each_call(self, mode):

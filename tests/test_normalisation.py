@@ -153,6 +153,41 @@ def test_readings_go_by_batches_and_logs_by_averages(digits):
     assert information != pytest.approx(callback.history[-1]["information"], rel=1e-3)
 
 
+def test_a_model_that_trains_with_its_labels_as_inputs(digits):
+    class Teacher(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = K.BatchNormalization(), K.Dense(10, "softmax")
+
+        def call(self, x, labels=None, training=False):
+            if training and labels is None:
+                raise RuntimeError("no labels")
+            return self.head(self.norm(x, training=training))
+
+    model = Teacher()
+    model(digits[0][:2])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    sample = sampling.draw_sample(digits, model, 512)
+    measuring = probe.Probe(model, sample)
+    with pytest.warns(UserWarning, match="(?s)cannot be called .*no labels"):
+        found = measuring.measure(by_batch=True)[0]
+    assert found.cross_entropy == measuring.measure()[0].cross_entropy
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_for_each_step_of_a_sequence(shared, digits):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8))
+    layer = K.TimeDistributed(K.BatchNormalization())
+    h = layer(layer(inputs) if shared else inputs)
+    model = keras.Model(inputs, K.Dense(10, "softmax")(K.Flatten()(h)))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x, y = digits[0].reshape(-1, 8, 8), digits[1]
+    callback = keras_milr.MutualInformationLR("relative", (x, y), probe_size=512)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[callback])
+    assert callback.history[-1]["information"] > callback.history[0]["information"]
+
+
 def test_there_are_readings_within_the_first_epoch(digits):
     callback = keras_milr.MutualInformationLR(probe_data=digits, learning_rate=1e-5)
     model = make()
