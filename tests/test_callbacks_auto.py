@@ -69,7 +69,7 @@ def test_it_trains_as_from_the_rate_that_the_range_test_finds(data):
         np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-6)
     for a, b in zip(auto.lr_range, found, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert logs["learning_rate"][0] == pytest.approx(found.best_lr)
+    assert auto.history[0]["rate"] == pytest.approx(found.best_lr)
 
 
 def test_the_policy_stays_within_the_rates_that_trained(data):
@@ -138,7 +138,9 @@ def test_given_bounds_hold(data, bounds):
 
 def test_batches_of_a_dataset_are_its_own(data, capsys):
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
-    callback = MutualInformationLR(probe_data=dataset, learning_rate="auto", verbose=1)
+    callback = MutualInformationLR(
+        probe_data=dataset, learning_rate="auto", rollback=False, verbose=1
+    )
     make_model().fit(dataset, epochs=1, verbose=0, callbacks=[callback], shuffle=False)
     printed = capsys.readouterr().out
     assert "of 8 samples each" in printed

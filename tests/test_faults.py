@@ -176,17 +176,20 @@ def test_interrupted_by_the_keyboard_in_a_reading(layers, digits, monkeypatch):
     measure = probe.Probe.measure
     taken = []
 
-    def interrupted(self):
-        taken.append(1)
-        if len(taken) == 3:
-            step = self._step
+    def interrupted(self, by_batch=False, **arguments):
+        taken.append(by_batch)
+        if by_batch and sum(taken) == 3:
+            compiled = self._compiled
 
-            def once(*args):
-                step(*args)
-                raise KeyboardInterrupt
+            def once(*kind):
+                def step(*args):
+                    compiled(*kind)(*args)
+                    raise KeyboardInterrupt
 
-            self._step = once
-        return measure(self)
+                return step
+
+            self._compiled = once
+        return measure(self, by_batch, **arguments)
 
     monkeypatch.setattr(probe.Probe, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -304,7 +304,7 @@ def check(record, logs, made, x, y):
     shown = max(bound, counted)
     assert logs["probe_information"][-1] == pytest.approx(shown, abs=1e-3)
     if normalises_batches(made):  # Else readings are of the same.
-        assert record["bound"] != pytest.approx(bound, abs=1e-3)
+        assert record["bound"] != pytest.approx(bound, abs=1e-5)
     else:
         assert record["raw"] == pytest.approx(raw, abs=1e-4)
         assert record["bound"] == pytest.approx(bound, abs=1e-3)
