@@ -112,8 +112,9 @@ def lr_range_test(
     for a few steps is often too fast for a whole training. Where a few steps move the
     information at no rate, it is the optimizer's own, a warning says so, and nothing is
     known of the best but that it is not above `max_lr`. Less than a quarter of H(Y)
-    counts only with a loss below H(Y): a network that has yet to begin may tell classes
-    apart by differences that are small and pass.
+    counts only with a loss below H(Y), unless that of the start was above 1.5 H(Y): a
+    network that has yet to begin may tell classes apart by differences that are small
+    and pass.
 
     All trainings together take no more steps than one epoch, or one for each rate where
     it has fewer, unless `steps` or `max_steps` ask for more. Each is also read once,

@@ -16,6 +16,7 @@ _LOWEST = 1e-7
 _NEGLIGIBLE = 0.01  # share of H(Y)
 _GUESS = 1.05  # of H(Y): the loss where about the shares of the classes are known
 _MUCH = 0.25  # share of H(Y), known although the loss does not say so
+_UNSURE = 1.5  # of H(Y): the loss of outputs that are not sure of anything
 COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
 
@@ -112,7 +113,8 @@ class Trial:
         # Units that are dead say the same of most samples.
         dead = row.info.repeated > 0.5
         lucky = best.loss > _GUESS * entropy and not dead
-        little = _MUCH if best.loss > entropy and not dead else 0.05
+        doubtful = best.loss > entropy and self.start.loss <= _UNSURE * entropy
+        little = _MUCH if doubtful and not dead else 0.05
         if known < little * entropy:
             return row.loss > 1.5 * np.fmax(entropy, self.start.loss)
         limit = 0.95 * entropy
@@ -177,11 +179,15 @@ def moved(trial):
 
     Outputs that are worse than the shares of the classes may tell some apart, by
     differences that are small and pass: that is nothing to judge a rate by unless it is
-    much. Where classes are rare it is nothing at all.
+    much, or the start was sure of what is wrong, which a few steps do not mend. Where
+    classes are rare it is nothing at all.
     """
     known, entropy = trial.start.info.accessible, trial.start.info.entropy
-    most = (_GUESS if trial.skewed else 1.0) * entropy
-    much = math.inf if trial.skewed else _MUCH * entropy
+    most, much = entropy, _MUCH * entropy
+    if trial.skewed:
+        most, much = _GUESS * entropy, math.inf
+    elif trial.start.loss > _UNSURE * entropy:
+        most = math.inf
     return [
         row
         for row in trained(trial.rows)

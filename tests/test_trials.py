@@ -46,6 +46,9 @@ def test_little_that_the_loss_does_not_know_is_nothing():
     assert [row.rate for row in trials.moved(learned)] == [1.0]
     much = trial(*rows, (1.0, 0.55, 2.4))
     assert [row.rate for row in trials.moved(much)] == [1.0]
+    # Outputs that were sure of what is wrong are on their way.
+    sure = trial(*rows, start=(0.1, 9.0))
+    assert [row.rate for row in trials.moved(sure)] == [1e-3, 1e-2]
 
 
 @pytest.mark.parametrize("skewed", [False, True])
