@@ -466,10 +466,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         part = self._parts * done // length
         if part > self._part:
             self._part, self._batch = part, batch
-            if self._divided > 1:
-                self._update({}, mid_epoch=True)
-            else:
-                self._update({}, passed=done / length)
+            passed = None if self._divided > 1 else done / length
+            self._update({}, mid_epoch=True, passed=passed)
             self._note_state(self._epoch)
         if not self._controller.glides:
             return

@@ -25,21 +25,20 @@ class BatchStatistics:
 
     def __init__(self, model):
         kind = keras.layers.BatchNormalization
-        self._layers = [
-            one for one in _keras.all_layers(model) if isinstance(one, kind)
-        ]
+        found = [one for one in _keras.all_layers(model) if isinstance(one, kind)]
+        self._layers = [layer for layer in found if layer.trainable]
         self._modules = backend.normalisations(model)
         self._following = None
 
     def __bool__(self):
-        return bool(self._layers or self._modules)
+        """Whether there may be such layers, until the pass has shown that none is."""
+        if self._following is None:
+            return bool(self._layers or self._modules)
+        return bool(self._following)
 
     @contextlib.contextmanager
     def used(self, forward, x):
         """For what is called in it; `forward(x, training=True)` is the training."""
-        if not self:
-            yield
-            return
         if self._following is None:
             self._following = self._find(forward, x)
         with self._each_call(lambda layer, training: id(layer) in self._following):
@@ -58,9 +57,9 @@ class BatchStatistics:
                 forward(x, training=True)
         except Exception as error:  # Of the user's `call`, which may want labels too.
             warnings.warn(
-                "MutualInformationLR: the model cannot be called with `training=True` "
-                "on inputs alone, so readings go by the averages of batch "
-                "normalisation, which lag behind the weights. "
+                "The model cannot be called with `training=True` on inputs alone, so "
+                "readings go by the averages of batch normalisation, which lag behind "
+                "the weights. "
                 f"Received: {type(error).__name__}: {error}",
                 stacklevel=2,
             )

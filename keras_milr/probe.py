@@ -64,8 +64,8 @@ class Probe:
         self._labels = sample.labels
         self._readouts = [output_readout(one.target, readout) for one in self._labels]
         self._statistics = BatchStatistics(model)
-        self._places = None
-        if self._statistics:
+        self._normalises, self._places = bool(self._statistics), None
+        if self._normalises:
             # In the order of the data, a batch may be of one class.
             order = np.random.default_rng(0).permutation(len(sample.class_ids))
             self._places = np.argsort(order)
@@ -128,7 +128,7 @@ class Probe:
 
     @property
     def has_averages(self) -> bool:
-        """Whether the model has batch normalisation, with averages for inference."""
+        """Whether batch normalisation goes by averages in inference, and only there."""
         return bool(self._statistics)
 
     def measure(self, by_batch=False, with_layers=True):
@@ -144,7 +144,7 @@ class Probe:
         """
         state, parts = self._empty, []
         with_layers = with_layers and bool(self._groups)
-        step = self._compiled(by_batch and self.has_averages, with_layers)
+        step = self._compiled(by_batch and self._normalises, with_layers)
         for batch in self._batches:
             state, features = step(state, *batch, self._chances)
             parts.append(features)

@@ -95,6 +95,8 @@ def test_by_the_batches_where_training_goes_by_them(kind, options, digits):
     for old, new in zip(before, state_of(model), strict=True):
         np.testing.assert_array_equal(old, new)
     assert found[0] == found[1]
+    # What is the same is not read twice.
+    assert measuring.has_averages is (kind == "training")
     y = sample.class_ids
     by_averages = cross_entropy(model, normalised(model, sample.x), y)
     assert found[2].cross_entropy == pytest.approx(by_averages, rel=1e-4)

@@ -563,7 +563,7 @@ def test_of_few_batches_and_averages_that_lag(rate, healthy, digits):
     with contextlib.nullcontext() if healthy else warned:
         logs = model.fit(x, y, epochs=12, verbose=0, callbacks=[callback]).history
     assert (callback.history[-1]["rollbacks"] == 0) is healthy
-    assert logs["accuracy"][-1] > 0.8
+    assert logs["accuracy"][-1] > 0.9
     # The test is none if the loss and inference are not bad.
     assert logs["loss"][0] > H
     assert logs["probe_information"][0] < 0.1
