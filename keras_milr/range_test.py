@@ -43,7 +43,8 @@ class LRRange(NamedTuple):
         start: Information before any training.
         entropy: H(Y), all the information there is to have.
         steps: Training steps of all candidates together.
-        found: Whether any rate raised the information beyond the noise.
+        found: Whether any rate raised the information beyond the noise, in at least two
+            steps.
     """
 
     min_lr: float
@@ -109,12 +110,12 @@ def lr_range_test(
     lower rate or at the start, and a loss that a constant predictor has too.
 
     `best_lr` is half a decade below the rate with the most information. What is fastest
-    for a few steps is often too fast for a whole training. Where a few steps move the
-    information at no rate, it is the optimizer's own, a warning says so, and nothing is
-    known of the best but that it is not above `max_lr`. Less than a quarter of H(Y)
-    counts only with a loss below H(Y), unless that of the start was above 1.5 H(Y): a
-    network that has yet to begin may tell classes apart by differences that are small
-    and pass.
+    for a few steps is often too fast for a whole training. Where the steps move the
+    information at no rate, or there is one step for each, it is the optimizer's own, a
+    warning says so, and nothing is known of the best but that it is not above `max_lr`.
+    Less than a quarter of H(Y) counts only with a loss below H(Y), unless that of the
+    start was above 1.5 H(Y): a network that has yet to begin may tell classes apart by
+    differences that are small and pass.
 
     All trainings together take no more steps than one epoch, or one for each rate where
     it has fewer, unless `steps` or `max_steps` ask for more. Each is also read once,
@@ -254,10 +255,12 @@ def _result(trial):
         # but their share was learned.
         peak = trained[-1].rate
         rate = min(max(trial.own_rate, lowest), peak)
+        reason = "moved the information at no rate beyond the noise"
+        if trial.length == 1:
+            reason = "for each rate is too few to judge it by"
         warnings.warn(
-            f"lr_range_test: {trial.length} step(s) moved the information at no rate "
-            f"beyond the noise, so the optimizer's own, {rate:g}, counts as best; pass "
-            "more `steps` to find out. "
+            f"lr_range_test: {trial.length} step(s) {reason}, so the optimizer's own, "
+            f"{rate:g}, counts as best; pass more `steps` to find out. "
             f"Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )

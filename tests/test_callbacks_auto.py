@@ -92,6 +92,7 @@ def test_epochs_of_few_steps_do_not_raise_what_was_found(data):
     np.testing.assert_allclose(rates[23], [1, 1, 1], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
 def test_two_batches_in_an_epoch(data):
     """Each rate has one step, which is more than an epoch."""
     few = tuple(a[:60] for a in data)
@@ -101,7 +102,7 @@ def test_two_batches_in_an_epoch(data):
     assert callback.history[0]["rate"] == np.float32(callback.lr_range.best_lr)
 
 
-@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
 def test_where_the_range_test_finds_nothing_the_rate_may_rise(data):
     """It is as if none had been asked for: a policy tries higher rates."""
     few = tuple(a[:160] for a in data)  # A step or two for each rate.

@@ -311,13 +311,20 @@ def test_at_most_an_epoch(digits, steps, batch_size, capsys):
 
 
 def test_an_epoch_of_few_steps(digits, steps, capsys):
-    """Each rate has one step, though that is more than an epoch."""
-    model = plain_model(keras.optimizers.Adam())
-    found = find(model, *digits, batch_size=900, verbose=1)
+    """Each rate has one step, though that is more than an epoch, and shows nothing."""
+    model = plain_model(keras.optimizers.Adam(0.005))
+    with pytest.warns(UserWarning, match=r"1 step\(s\) for each rate .* own, 0.005, "):
+        found = find(model, *digits, batch_size=900, verbose=1)
     assert len(found.rates) == len(steps) == found.steps == 7
+    assert not found.found
+    assert found.best_lr == pytest.approx(0.005)
+    assert found.peak_lr == found.max_lr >= 0.1
     assert "at most 7 steps or 350% of an epoch" in capsys.readouterr().out
     candidates = np.geomspace(1e-3, 1e-1, 9)
-    assert find(model, *digits, batch_size=900, candidates=candidates).steps == 9
+    with pytest.warns(UserWarning, match=r"1 step\(s\) for each rate"):
+        found = find(model, *digits, batch_size=900, candidates=candidates)
+    assert found.steps == 9
+    assert find(model, *digits, batch_size=900, max_steps=14).found
 
 
 def test_max_steps(data, steps):
@@ -333,7 +340,7 @@ def test_steps_and_candidates_are_as_asked_for(data, steps):
     np.testing.assert_array_equal(found.rates, [0.001, 0.01, 0.1])
 
 
-@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
 def test_small_integers_do_not_overflow(data):
     arguments = {"batch_size": 100, "probe_size": 120, "steps": 2, "seed": 3}
     expected = find(plain_model(), *data, candidates=[0.01], **arguments)
@@ -342,7 +349,7 @@ def test_small_integers_do_not_overflow(data):
     np.testing.assert_array_equal(found.information, expected.information)
 
 
-@pytest.mark.filterwarnings("ignore:lr_range_test. .* moved the information at no")
+@pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
 def test_a_batch_has_at_most_all_samples(data, steps):
     found = find(plain_model(), *data, candidates=[0.01], steps=2, batch_size=10**12)
     assert found.steps == 2

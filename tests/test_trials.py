@@ -8,7 +8,7 @@ import pytest
 from keras_milr import readouts, trials
 
 
-def trial(*rows, start=(0.1, 2.4), skewed=False):
+def trial(*rows, start=(0.1, 2.4), skewed=False, length=30):
     """A `Trial` that has been run: (rate, information, loss) in nats, H(Y) = 2."""
 
     def row(rate, information, loss):
@@ -16,7 +16,8 @@ def trial(*rows, start=(0.1, 2.4), skewed=False):
         return trials.Row(rate, info, loss, 0.5, False)
 
     rows = [row(*r) for r in rows]
-    return types.SimpleNamespace(rows=rows, start=row(0.0, *start), skewed=skewed)
+    known = {"start": row(0.0, *start), "skewed": skewed, "length": length}
+    return types.SimpleNamespace(rows=rows, **known)
 
 
 def test_of_about_as_much_information_the_lower_loss_is_better():
@@ -49,6 +50,12 @@ def test_little_that_the_loss_does_not_know_is_nothing():
     # Outputs that were sure of what is wrong are on their way.
     sure = trial(*rows, start=(0.1, 9.0))
     assert [row.rate for row in trials.moved(sure)] == [1e-3, 1e-2]
+
+
+def test_what_one_step_brings_is_nothing_to_judge_by():
+    rows = (1e-3, 0.8, 1.9), (1e-2, 1.3, 1.2)
+    assert len(trials.moved(trial(*rows, length=2))) == 2
+    assert trials.moved(trial(*rows, length=1)) == []
 
 
 @pytest.mark.parametrize("skewed", [False, True])
