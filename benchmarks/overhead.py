@@ -6,7 +6,8 @@ the quarters of the first epoch too, as the default policy asks for; or in the m
 all epochs; and with a probe of all layers, the optimizer wrapped in a
 LayerwiseOptimizer. The policy keeps the rates, so that all do the same training. A
 second `fit` without readings shows what cannot be told apart. The settings differ in
-the model (the quickstart's small CNN, or dense networks of 5, 20 and 100 layers) and in
+the model (the quickstart's small CNN; the same with batch normalisation, which is read
+by its batches and by its averages; or dense networks of 5, 20 and 100 layers) and in
 how `fit` compiles and runs its steps.
 
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
@@ -46,6 +47,7 @@ import quickstart
 # What `fit` is given, and the kinds of reading to compare with none.
 SETTINGS = {
     "cnn": ({}, ("without, again", "metric", "probe", "early", "batches", "layers")),
+    "normalised cnn": ({}, ("without, again", "probe", "early", "layers")),
     "cnn, jit_compile": ({"jit_compile": True}, ("metric", "probe", "layers")),
     "cnn, steps_per_execution=4": (
         {"steps_per_execution": 4},
@@ -153,14 +155,27 @@ def keep_rates(early_readings):
 
 def build_model(setting, input_shape):
     kind = setting.split(",")[0]
-    if kind == "cnn":
-        return quickstart.build_model("cnn", input_shape, "adam", 1e-3)
+    if kind.endswith("cnn"):
+        model = quickstart.build_model("cnn", input_shape, "adam", 1e-3)
+        return normalised(model) if kind == "normalised cnn" else model
     layers = [keras.layers.Input(input_shape), keras.layers.Flatten()]
     for _ in range(int(kind.split()[0]) - 1):
         layers.append(keras.layers.Dense(64, activation="relu"))
     model = keras.Sequential([*layers, keras.layers.Dense(10, activation="softmax")])
     model.compile("adam", "sparse_categorical_crossentropy")
     return model
+
+
+def normalised(model):
+    """The same with batch normalisation after each convolution."""
+    layers = [keras.layers.Input(model.input_shape[1:])]
+    for layer in model.layers:
+        layers.append(layer)
+        if isinstance(layer, keras.layers.Conv2D):
+            layers.append(keras.layers.BatchNormalization())
+    result = keras.Sequential(layers)
+    result.compile("adam", model.loss)
+    return result
 
 
 def train(setting, variant, clock, x, y, arguments):
