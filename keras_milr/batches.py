@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
+_PART = 1024  # rows of a sparse matrix that are made dense at a time
+
 
 def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     """The batches of labelled data; arrays are one batch.
@@ -13,11 +15,11 @@ def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     Args:
         data: `(x, y)` or `(x, y, sample_weight)` of arrays, or an iterable of such
             batches: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a `DataLoader`, a
-            generator.
+            generator. Inputs may be sparse matrices of SciPy.
 
     Yields:
         Inputs, labels and sample weights or None, as NumPy arrays or structures of
-        them.
+        them. What is sparse comes dense, in batches of 1,024 rows.
 
     Raises:
         TypeError: for anything else.
@@ -32,7 +34,7 @@ def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
                 "`num_batches` is None"
             )
         batches = (data[i] for i in range(data.num_batches))
-    elif isinstance(data, (np.ndarray, dict)) or keras.ops.is_tensor(data):
+    elif isinstance(data, dict) or is_array(data) or keras.ops.is_tensor(data):
         raise ValueError(
             "Argument `probe_data` must have labels: (x, y), (x, y, sample_weight), or "
             f"an iterable of such batches. Received: {type(data).__name__}"
@@ -62,10 +64,35 @@ def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         if y is None:
             raise ValueError("Argument `probe_data` must have labels. Received: y=None")
-        x, y = keras.tree.map_structure(_array, x), _of_outputs(y)
+        y = _of_outputs(y)
         if sample_weight is not None:
             sample_weight = _of_outputs(sample_weight)
-        yield x, y, sample_weight
+        if any(_is_sparse(a) for a in keras.tree.flatten(x)):
+            yield from _dense(x, y, sample_weight)
+        else:
+            yield keras.tree.map_structure(_array, x), y, sample_weight
+
+
+def is_array(x) -> bool:
+    """Whether it is rows of one thing, dense or sparse."""
+    return hasattr(x, "__array__") or _is_sparse(x)
+
+
+def _is_sparse(x) -> bool:
+    """Whether it is a matrix of `scipy.sparse`, as scikit-learn makes of texts."""
+    return hasattr(x, "tocsr")
+
+
+def _dense(x, y, sample_weight):
+    """The batch in parts, so that memory does not have all of what is sparse."""
+    x = keras.tree.map_structure(lambda a: a.tocsr() if _is_sparse(a) else _array(a), x)
+    for start in range(0, check_lengths(x, y, sample_weight), _PART):
+        rows = slice(start, start + _PART)
+        parts = keras.tree.map_structure(
+            lambda a, r=rows: None if a is None else a[r], (x, y, sample_weight)
+        )
+        dense = keras.tree.map_structure(_array, parts[0])
+        yield dense, *parts[1:]
 
 
 def _of_outputs(y):
@@ -82,6 +109,8 @@ def _array(x):
     """`x` as NumPy, in the types that Keras trains with."""
     if keras.ops.is_tensor(x):  # Which may be on another device.
         x = keras.ops.convert_to_numpy(x)
+    elif _is_sparse(x):
+        x = x.toarray()
     try:
         x = np.asarray(x)
     except ValueError as error:
@@ -94,7 +123,7 @@ def _array(x):
 
 def check_lengths(x, y, sample_weight) -> int:
     """Number of samples in a batch; ValueError for lengths that differ."""
-    shapes = [np.shape(a) for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
+    shapes = [a.shape for a in (*keras.tree.flatten(x), *keras.tree.flatten(y))]
     weights = [] if sample_weight is None else keras.tree.flatten(sample_weight)
     for weight in weights:
         shapes.append(weight.shape)

@@ -163,8 +163,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             from which a second `fit` starts. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
-            `DataLoader`, generator). The training data are a good choice. Defaults to
-            `None`: use the metric.
+            `DataLoader`, generator). Inputs may be sparse arrays of SciPy. The training
+            data are a good choice. Defaults to `None`: use the metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
@@ -715,7 +715,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         if isinstance(data, tuple):
             x, y, weight = (*data, None)[:3]
             steps = self._planned("steps")
-            rows = len(keras.tree.flatten(x)[0])
+            rows = keras.tree.flatten(x)[0].shape[0]  # Sparse ones have no `len`.
             batch_size = -(-rows // steps) if steps else None
         try:
             self.lr_range = lr_range_test(

@@ -144,9 +144,9 @@ def lr_range_test(
 
     Args:
         model: A compiled `keras.Model`. Its state is the start.
-        x: Inputs as `fit` takes them: array, structure of arrays, or with the labels in
-            them a finite `tf.data.Dataset`, `keras.utils.PyDataset` or `DataLoader` of
-            batches.
+        x: Inputs as `fit` takes them: array, also a sparse one of SciPy, structure of
+            arrays, or with the labels in them a finite `tf.data.Dataset`,
+            `keras.utils.PyDataset` or `DataLoader` of batches.
         y: Labels, where `x` is arrays. Defaults to `None`.
         candidates: Learning rates to try, in any order, each above 0. Defaults to
             `None`: decades from 1e-4 to 1, on to 1e-7 where the lowest is the best, and
@@ -215,8 +215,8 @@ def lr_range_test(
             rows = sampling.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
-            batch_size = min(batch_size, rows.batch_sizes[0])  # As in `fit`.
-            epoch = math.ceil(rows.batch_sizes[0] / batch_size)
+            batch_size = min(batch_size, sum(rows.batch_sizes))  # As in `fit`.
+            epoch = math.ceil(sum(rows.batch_sizes) / batch_size)
         count = trials.COUNT if candidates is None else len(candidates)
         if steps is None:
             budget = max_steps or max(epoch, count)
@@ -407,7 +407,7 @@ def _as_data(x, y, batch_size, sample_weight, class_weight):
                 "Arguments `class_weight` and `sample_weight` exclude each other, as "
                 "in `fit`. Received both"
             )
-    arrays = isinstance(x, (tuple, list, dict)) or hasattr(x, "__array__")
+    arrays = isinstance(x, (tuple, list, dict)) or batches.is_array(x)
     if y is not None:
         if not arrays:
             raise ValueError(

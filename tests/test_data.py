@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
-from keras_milr import LayerwiseOptimizer, MutualInformationLR
+from keras_milr import LayerwiseOptimizer, MutualInformationLR, lr_range_test
 
 BATCH = 50
 
@@ -55,6 +56,10 @@ class Batches(keras.utils.PyDataset):
         return tuple(a[BATCH * i : BATCH * (i + 1)] for a in self.data)
 
 
+def sparse(data):
+    return scipy.sparse.csr_array(data[0]), data[1]
+
+
 def dataset(data):
     return tf.data.Dataset.from_tensor_slices(data).batch(BATCH).cache().prefetch(2)
 
@@ -94,6 +99,11 @@ KINDS = [
         lambda d: halves(d, "dict"),
         id="dicts",
         marks=shows("dicts of arrays"),
+    ),
+    pytest.param(
+        *("one", sparse, sparse),
+        id="sparse",
+        marks=shows("inputs as sparse arrays of SciPy"),
     ),
     pytest.param(
         *("one", dataset, dataset),
@@ -213,6 +223,22 @@ def test_a_probe_without_end_is_refused(data):
             model.fit(*data, verbose=0, callbacks=[callback])
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_range_test_on_sparse_inputs(data):
+    """Which `lr_range_test` takes as arrays, with the labels beside them."""
+    found = [
+        lr_range_test(make_model(data, "one"), x, data[1], max_steps=30, verbose=0)
+        for x in (data[0], scipy.sparse.coo_array(data[0]))
+    ]
+    assert found[0].found
+    np.testing.assert_array_equal(found[0].information, found[1].information)
+    callback = MutualInformationLR(probe_data=sparse(data), learning_rate="auto")
+    rates = make_model(data, "one").fit(
+        *data, batch_size=BATCH // 4, verbose=0, callbacks=[callback]
+    )
+    assert callback.lr_range.found
+    assert rates.history["learning_rate"][0] > 0
 
 
 def test_a_generator_is_too_short_for_a_range_test(data):

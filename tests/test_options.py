@@ -177,6 +177,23 @@ def test_mixed_precision(data, policy, layers):
     assert scaled == (policy == "mixed_float16")
 
 
+@shows("Training options", "floatx float64")
+@LAYERS
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64:UserWarning")
+def test_floatx(data, layers):
+    """What is read is in float32 all the same."""
+    keras.config.set_floatx("float64")
+    try:
+        metrics = [keras_milr.MutualInformation()]
+        model = make_model(layers is not None, "float64", metrics=metrics)
+        callback = make(data, layers)
+        history = fit([callback], data, model)
+        check(model, callback, history, data, layers)
+    finally:
+        keras.config.set_floatx("float32")
+    assert history["mutual_information"][-1] > 0.1
+
+
 @shows("Training options", "gradient accumulation")
 @LAYERS
 def test_gradient_accumulation(data, layers):

@@ -131,7 +131,7 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     valid = ops.all(feature.finite(features), axis=-1)
     features = ops.where(valid[:, None], features, 0.0)
     counted = ops.where(valid, weight, 0.0)
-    one_hot = ops.one_hot(class_ids, num_classes)
+    one_hot = ops.one_hot(class_ids, num_classes, dtype="float32")
     parts = features, one_hot, counted
     halves = [[part[:middle] for part in parts], [part[middle:] for part in parts]]
     evidence, prior = [], []
@@ -143,7 +143,9 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
 
     exists = ops.sum(one_hot * counted[:, None], axis=0) > 0
     prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
-    temperatures = ops.reshape(ops.convert_to_tensor(_TEMPERATURES), (-1, 1, 1))
+    temperatures = ops.reshape(
+        ops.convert_to_tensor(_TEMPERATURES, "float32"), (-1, 1, 1)
+    )
     log_p = ops.log_softmax(temperatures * evidence + prior, axis=-1)
     # As probabilities are clipped in `Predictions`: a single sample far out, on the
     # wrong side, must not cost more than all the others are worth.
@@ -206,5 +208,5 @@ def _shrunk(covariance, samples, width):
     share = numerator / ops.maximum(denominator, 1e-12 * numerator + 1e-30)
     share = ops.minimum(share, 1.0)
     scale = ops.where(scale > 0, scale, 1.0)  # Nothing moves: any will do.
-    diagonal = (share + _RIDGE) * scale * ops.eye(covariance.shape[-1])
+    diagonal = (share + _RIDGE) * scale * ops.eye(covariance.shape[-1], dtype="float32")
     return (1.0 - share) * covariance + diagonal

@@ -287,7 +287,7 @@ def repeated(outputs, sample_weight):
     """Weight of the rows that have the outputs of the row before, within 1e-6."""
     ops = keras.ops
     step = ops.max(ops.abs(outputs - ops.roll(outputs, 1, axis=0)), axis=-1)
-    same = (step < 1e-6) & (ops.arange(ops.shape(outputs)[0]) > 0)
+    same = (step < 1e-6) & (ops.arange(ops.shape(outputs)[0], dtype="int32") > 0)
     return ops.sum(ops.where(same, sample_weight, 0.0))
 
 
