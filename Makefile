@@ -43,7 +43,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures on speed that the README quotes: about half an hour, and nothing else
+# The figures on speed that the README quotes: more than an hour, and nothing else
 # should run beside it.
 bench: $(READY)
 	$(BIN)/python benchmarks/estimators.py
