@@ -197,8 +197,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
             highest rate that trained in the range test, or, where an epoch has fewer
-            than 30 steps, the one that was found; else a thousand times the rate at the
-            start. With `layers` the highest multiplier at the start times that of
+            than 30 steps, the one that learned fastest in it; else a thousand times the
+            rate at the start. With `layers` the highest multiplier at the start times that of
             `"auto"`, or times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
@@ -683,8 +683,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             if max_lr is None:
                 highest = self.lr_range.max_lr
                 if self.lr_range.found and (self._length or _FEW_STEPS) < _FEW_STEPS:
-                    # A gain in so few steps does not show that a raise serves more.
-                    highest = self.lr_range.best_lr
+                    # A gain in so few steps does not show that a raise serves more
+                    # than the rate that served best in the test.
+                    highest = self.lr_range.peak_lr
                 scale = self._rates.get().max() / self.lr_range.best_lr
                 max_lr = scale * max(highest, self.min_lr)
         self._max_lr = max_lr
