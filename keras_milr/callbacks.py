@@ -198,8 +198,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
             highest rate that trained in the range test, or, where an epoch has fewer
             than 30 steps, the one that learned fastest in it; else a thousand times the
-            rate at the start. With `layers` the highest multiplier at the start times that of
-            `"auto"`, or times ten times the optimizer's rate.
+            rate at the start. With `layers` the highest multiplier at the start times
+            that of `"auto"`, or times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
