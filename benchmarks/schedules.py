@@ -10,8 +10,8 @@ Ways that need a rate are run from each rate of a grid, half a decade apart: `co
 Their best rate is chosen by the mean score over the seeds **on the test data**, which
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
 (`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours
-(workloads of few epochs, other optimizers and other networks are run in a few of these
-ways only):
+(workloads of few epochs or steps, other optimizers and networks are run in a few of
+these ways only):
 
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
@@ -48,7 +48,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from adas import SpectralRates
-from workloads import UCI, WORKLOADS
+from workloads import IN_FEW_WAYS, UCI, WORKLOADS
 
 import keras_milr
 from keras_milr.information import mutual_information
@@ -291,8 +291,8 @@ def default_rate(name):
 def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
-    if half in ("few epochs", "other optimizers", "other networks"):
-        metric = ["metric"] if half == "few epochs" else []
+    if half in IN_FEW_WAYS:
+        metric = ["metric"] if half in ("few epochs", "few steps") else []
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),

@@ -1,12 +1,12 @@
 """Tables and figures of what `schedules.py` has found.
 
 For each half of the workloads, those with labels that are no classes, those of few
-epochs, and those with other optimizers or networks: the score of every way against the
-tuned cosine, in points, paired by seed (mean, standard error, median and worst
-workload, and the worst training of all); its mean rank among the ways that were given
-no tuning and were run on all; its cost, tuning included, as a share of that of the
-cosine's grid; and how often it failed, which is to end more than 10 points behind. Then
-points by workload. Whatever is missing from the file is left out, and counted.
+epochs or steps, and those with other optimizers or networks: the score of every way
+against the tuned cosine, in points, paired by seed (mean, standard error, median and
+worst workload, and the worst training of all); its mean rank among the ways that were
+given no tuning and were run on all; its cost, tuning included, as a share of that of
+the cosine's grid; and how often it failed, which is to end more than 10 points behind.
+Then points by workload. Whatever is missing from the file is left out, and counted.
 
     python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
 """
@@ -27,7 +27,7 @@ from schedules import (
     default_rate,
     grid,
 )
-from workloads import WORKLOADS
+from workloads import IN_FEW_WAYS, WORKLOADS
 
 FAILED = 10.0  # points behind the tuned cosine
 UNTUNED = (
@@ -219,12 +219,10 @@ def draw(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
     ways = ("cosine", "one-cycle", "constant at default", "ReduceLROnPlateau")
     ways += ("Adam", "ScheduleFreeAdamW", "auto", "decay")
-    # Of the others there are few ways.
-    others = ("few epochs", "other optimizers", "other networks")
     names = [
         name
         for name, workload in WORKLOADS.items()
-        if workload.half not in others and results.tuned(name, "cosine")
+        if workload.half not in IN_FEW_WAYS and results.tuned(name, "cosine")
     ]
     taken = {
         way: {name: epochs_to_target(results, name, way) for name in names}

@@ -75,12 +75,16 @@ MULTI_LABEL = Task(
 REGRESSION = Task("mse", None, lambda y: 1, _r2)
 
 
+# What is run only by the cosine, a constant rate, and the chief of ours.
+IN_FEW_WAYS = ("few epochs", "few steps", "other networks", "other optimizers")
+
+
 class Workload(NamedTuple):
     """What is trained on what, and for how long.
 
     Attributes:
-        half: "tuning", "further tuning", "unseen", "other labels", "few epochs",
-            "other optimizers" or "other networks".
+        half: "tuning", "further tuning", "unseen", "other labels", or one of
+            `IN_FEW_WAYS`.
         load: Function from the UCI folder to (x, y), (test x, test y).
         layers: Function from x to the layers of the network but for the last.
         optimizer: "sgd" (momentum 0.9), or a class of `keras.optimizers`.
@@ -448,6 +452,24 @@ WORKLOADS = {
     ),
     "pendigits, 3 epochs": Workload(
         *("few epochs", _pendigits, _mlp, "Adam", 64, 3, 0.93)
+    ),
+    "fashion, batches of 500": Workload(
+        *("few steps", _fashion, _mlp, "Adam", 500, 20, 0.82)
+    ),
+    "fashion, CNN, batches of 400": Workload(
+        *("few steps", _fashion, _cnn, "sgd", 400, 8, 0.80)
+    ),
+    "fashion, 30 % noise, batches of 400": Workload(
+        *("few steps", _noisy(_fashion, 0.3, 10), _mlp, "Adam", 400, 12, 0.80)
+    ),
+    "pendigits, batches of 300": Workload(
+        *("few steps", _pendigits, _mlp, "sgd", 300, 20, 0.97)
+    ),
+    "optdigits, batches of 200": Workload(
+        *("few steps", _optdigits, _mlp, "Adam", 200, 20, 0.95)
+    ),
+    "digits, 400 samples": Workload(
+        *("few steps", lambda uci: _digits(uci, 400), _mlp, "Adam", 16, 30, 0.93)
     ),
     "fashion, transformer": Workload(
         *("other networks", _fashion, _transformer, "AdamW", 64, 8, 0.80)

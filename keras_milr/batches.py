@@ -34,7 +34,7 @@ def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
                 "`num_batches` is None"
             )
         batches = (data[i] for i in range(data.num_batches))
-    elif isinstance(data, dict) or is_array(data) or keras.ops.is_tensor(data):
+    elif isinstance(data, dict) or is_array(data):
         raise ValueError(
             "Argument `probe_data` must have labels: (x, y), (x, y, sample_weight), or "
             f"an iterable of such batches. Received: {type(data).__name__}"
@@ -74,8 +74,8 @@ def read(data) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
 
 
 def is_array(x) -> bool:
-    """Whether it is rows of one thing, dense or sparse."""
-    return hasattr(x, "__array__") or _is_sparse(x)
+    """Whether it is rows of one thing, dense or sparse, on any device."""
+    return hasattr(x, "__array__") or keras.ops.is_tensor(x) or _is_sparse(x)
 
 
 def _is_sparse(x) -> bool:
@@ -88,11 +88,10 @@ def _dense(x, y, sample_weight):
     x = keras.tree.map_structure(lambda a: a.tocsr() if _is_sparse(a) else _array(a), x)
     for start in range(0, check_lengths(x, y, sample_weight), _PART):
         rows = slice(start, start + _PART)
-        parts = keras.tree.map_structure(
-            lambda a, r=rows: None if a is None else a[r], (x, y, sample_weight)
+        yield keras.tree.map_structure(
+            lambda a, r=rows: None if a is None else _array(a[r]),
+            (x, y, sample_weight),
         )
-        dense = keras.tree.map_structure(_array, parts[0])
-        yield dense, *parts[1:]
 
 
 def _of_outputs(y):

@@ -215,8 +215,9 @@ def lr_range_test(
             rows = sampling.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
-            batch_size = min(batch_size, sum(rows.batch_sizes))  # As in `fit`.
-            epoch = math.ceil(sum(rows.batch_sizes) / batch_size)
+            samples = sum(rows.batch_sizes)
+            batch_size = min(batch_size, samples)  # As in `fit`.
+            epoch = math.ceil(samples / batch_size)
         count = trials.COUNT if candidates is None else len(candidates)
         if steps is None:
             budget = max_steps or max(epoch, count)
@@ -256,7 +257,7 @@ def _result(trial):
         peak = trained[-1].rate
         rate = min(max(trial.own_rate, lowest), peak)
         reason = "moved the information at no rate beyond the noise"
-        if trial.length == 1:
+        if trial.length < trials.LEAST_STEPS:
             reason = "for each rate is too few to judge it by"
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) {reason}, so the optimizer's own, "

@@ -11,7 +11,7 @@ from keras_milr.readouts import Information
 from keras_milr.sampling import is_skewed
 
 STEPS = 30  # of a candidate, at most, where the number is not given
-_LEAST_STEPS = 2  # to judge a rate by
+LEAST_STEPS = 2  # to judge a candidate by
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
 _NEGLIGIBLE = 0.01  # share of H(Y)
@@ -183,7 +183,7 @@ def moved(trial):
     much, or the start was sure of what is wrong, which a few steps do not mend. Where
     classes are rare it is nothing at all. Nor is what a single step brings.
     """
-    if trial.length < _LEAST_STEPS:
+    if trial.length < LEAST_STEPS:
         return []
     known, entropy = trial.start.info.accessible, trial.start.info.entropy
     most, much = entropy, _MUCH * entropy

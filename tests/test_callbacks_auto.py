@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_milr
-from keras_milr import MutualInformationLR, lr_range_test
+from keras_milr import MutualInformationLR, callbacks, lr_range_test
 from tests.backends import NAME
 
 
@@ -80,22 +80,30 @@ def test_the_policy_stays_within_the_rates_that_trained(data):
     assert rates[-1] == pytest.approx(callback.lr_range.max_lr)
 
 
-@pytest.mark.parametrize(("batch_size", "bound"), [(20, "max_lr"), (23, "peak_lr")])
-def test_in_epochs_of_few_steps_no_rate_is_above_what_learned_fastest(
-    data, batch_size, bound
+@pytest.mark.parametrize(("batch_size", "highest"), [(20, 0.5), (23, 0.04)])
+def test_epochs_of_few_steps_raise_to_what_learned_fastest(
+    data, batch_size, highest, monkeypatch
 ):
-    """Of 32 steps, and of 28."""
-    callback = MutualInformationLR(
-        lambda reading: 1e3 * reading.rate, data, learning_rate="auto", rollback=False
-    )
-    logs = fit(make_model(), data, callback, batch_size=batch_size).history
-    found = callback.lr_range
-    assert found.best_lr < found.peak_lr
-    assert found.peak_lr < found.max_lr or bound == "max_lr"
-    highest = getattr(found, bound)
-    np.testing.assert_allclose(
-        logs["learning_rate"], [found.best_lr, highest, highest], rtol=1e-6
-    )
+    """Those of 28 steps; of 32 as in others, to the highest that trained."""
+
+    def search(*args, **arguments):
+        found = lr_range_test(*args, **arguments)
+        assert found.found
+        return found._replace(best_lr=0.01, peak_lr=0.04, max_lr=0.5)
+
+    monkeypatch.setattr(callbacks, "lr_range_test", search)
+    rates = {}
+    for factor in (1.5, 1e3):
+        callback = MutualInformationLR(
+            lambda reading, factor=factor: factor * reading.rate,
+            data,
+            learning_rate="auto",
+            rollback=False,
+        )
+        logs = fit(make_model(), data, callback, batch_size=batch_size).history
+        rates[factor] = logs["learning_rate"]
+    np.testing.assert_allclose(rates[1.5], [0.01, 0.015, 0.0225], rtol=1e-6)
+    np.testing.assert_allclose(rates[1e3], [0.01, highest, highest], rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
@@ -109,9 +117,10 @@ def test_two_batches_in_an_epoch(data):
 
 
 @pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
-def test_where_the_range_test_finds_nothing_the_rate_may_rise(data):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_where_the_range_test_finds_nothing_the_rate_may_rise(data, steps):
     """It is as if none had been asked for: a policy tries higher rates."""
-    few = tuple(a[:160] for a in data)  # A step or two for each rate.
+    few = tuple(a[: 16 * 7 * steps] for a in data)
     auto = MutualInformationLR(probe_data=few, learning_rate="auto")
     rates = []
     for callback in (auto, MutualInformationLR(probe_data=few)):
@@ -125,6 +134,8 @@ def test_where_the_range_test_finds_nothing_the_rate_may_rise(data):
         logs = fit(model, few, callback, batch_size=16, epochs=5).history
         rates.append(logs["learning_rate"])
     found = auto.lr_range
+    assert not found.found
+    assert found.steps == steps * len(found.rates)
     assert found.best_lr == pytest.approx(1e-4)
     assert found.peak_lr == found.max_lr > 1e-2
     assert max(rates[0]) > 2e-4

@@ -225,20 +225,22 @@ def test_a_probe_without_end_is_refused(data):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_range_test_on_sparse_inputs(data):
-    """Which `lr_range_test` takes as arrays, with the labels beside them."""
-    found = [
-        lr_range_test(make_model(data, "one"), x, data[1], max_steps=30, verbose=0)
-        for x in (data[0], scipy.sparse.coo_array(data[0]))
-    ]
-    assert found[0].found
-    np.testing.assert_array_equal(found[0].information, found[1].information)
-    callback = MutualInformationLR(probe_data=sparse(data), learning_rate="auto")
-    rates = make_model(data, "one").fit(
-        *data, batch_size=BATCH // 4, verbose=0, callbacks=[callback]
-    )
-    assert callback.lr_range.found
-    assert rates.history["learning_rate"][0] > 0
+@pytest.mark.parametrize("kind", [scipy.sparse.csr_array, scipy.sparse.coo_array])
+def test_a_range_test_on_sparse_inputs(digits, kind):
+    """As on dense ones: by itself, where they come in two parts, and in `fit`."""
+    x, y = digits[0], digits[1].astype("int64")
+    assert len(y) > 1024
+    tables, rates = [], []
+    for given in (x, kind(x)):
+        model = make_model((x, y), "one")
+        tables.append(lr_range_test(model, given, y, verbose=0))
+        callback = MutualInformationLR(probe_data=(given, y), learning_rate="auto")
+        logs = model.fit(x, y, verbose=0, callbacks=[callback]).history
+        rates.append((callback.lr_range.best_lr, logs["learning_rate"]))
+    assert tables[0].found
+    for dense, sparse in zip(*tables, strict=True):
+        np.testing.assert_array_equal(dense, sparse)
+    assert rates[0] == rates[1]
 
 
 def test_a_generator_is_too_short_for_a_range_test(data):
