@@ -4,6 +4,9 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Small models are compiled often and run briefly.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The tests themselves run in parallel. Threads share the work, they do not change it.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
 import matplotlib as mpl
@@ -19,7 +22,7 @@ BACKEND = keras.backend.backend()
 if BACKEND == "torch":
     import torch
 
-    torch.set_num_threads(1)  # The tests themselves run in parallel.
+    torch.set_num_threads(1)
 # What is left out under another backend than TensorFlow. In these files nothing depends
 # on the backend,
 SAME_EVERYWHERE = ["test_examples.py", "test_names.py", "test_plotting.py"]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,23 @@ def run(script, *arguments, **environment):
         env=os.environ | environment,
         check=False,
     )
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Function of a script and arguments: what it says before it ends, at once.
+
+    In this process, since to import TensorFlow takes longest.
+    """
+
+    def said(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        assert ended.value.code not in (0, None)
+        return f"{capsys.readouterr().err}{ended.value.code}"
+
+    return said
 
 
 def test_quickstart(tmp_path):
@@ -228,16 +246,15 @@ def test_texts(tmp_path):
     assert model.predict(strings, verbose=0).shape == (2, 2)
 
 
-def test_texts_in_a_folder(tmp_path):
+def test_texts_in_a_folder(tmp_path, refusal):
     """Of any kind; five of each class are needed, and it says so."""
     for name, number in (("a", 6), ("b", 4)):
         (tmp_path / name).mkdir()
         for i in range(number):
             (tmp_path / name / f"{i}.txt").write_text(f"text {i} of {name}")
-    done = run(TEXT, f"--text_file={tmp_path}")
-    assert done.returncode == 1
-    assert "each with five texts or more. Received: 2 label(s)" in done.stderr
-    assert "['b']" in done.stderr
+    said = refusal(TEXT, f"--text_file={tmp_path}")
+    assert "each with five texts or more. Received: 2 label(s)" in said
+    assert "['b']" in said
 
 
 def test_texts_without_a_file(tmp_path):
@@ -335,18 +352,16 @@ def test_train_step(backend, tmp_path):
         ("examples/custom_train_step.py", ["--learning-rate=high"], "invalid rate"),
     ],
 )
-def test_wrong_flags(script, arguments, message):
-    done = run(script, *arguments, KERAS_MILR_UCI="/none")
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_flags(script, arguments, message, refusal, monkeypatch):
+    monkeypatch.setenv("KERAS_MILR_UCI", "/none")
+    assert message in refusal(script, *arguments)
 
 
 def test_optimizer_step_benchmark(tmp_path):
     output = tmp_path / "step.json"
     done = run(
         "benchmarks/optimizer_step.py",
-        *("--builds=2", "--rounds=2", "--steps=1", "--units=8"),
+        *("--builds=2", "--rounds=2", "--steps=1", "--units=8", "--layers=2"),
         f"--output={output}",
     )
     assert done.returncode == 0, done.stderr
@@ -407,16 +422,11 @@ def test_comparison_of_benchmarks(tmp_path):
 def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
     output = tmp_path / "schedules.jsonl"
     command = ("benchmarks/schedules.py", "--workloads=digits", "--processes=1")
-    for seeds in ("0",), ("0", "1"):
-        done = run(
-            *command,
-            *("--ways", "Adam", "auto by accuracy"),
-            *("--seeds", *seeds),
-            f"--output={output}",
-        )
+    for ways in ("Adam",), ("Adam", "auto by accuracy"):
+        done = run(*command, "--ways", *ways, "--seeds=0", f"--output={output}")
         assert done.returncode == 0, done.stderr
         results = [json.loads(line) for line in output.read_text().splitlines()]
-        assert len(results) == 2 * len(seeds)
+        assert tuple(result["way"] for result in results) == ways
     for result in results:
         assert len(result["scores"]) == len(result["seconds"]) == 20
         assert result["scores"][-1] > 0.9
