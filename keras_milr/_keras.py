@@ -249,11 +249,9 @@ def scale_learning_rate(optimizer, multiplier):
 
     Public Keras has no place for a rate per variable. `update_step` is handed the rate,
     but weight decay reads it from `_get_current_learning_rate`, once for all
-    variables, in `_apply_weight_decay`, before the first step of any. Here each decays
-    right before its own step, and is fetched from memory once; but for replicas, whose
-    step on one device cannot reach the others. PyTorch's fast versions update all
-    variables at one rate in `_backend_update_step`; the one that they override is used
-    instead. All are replaced on the instance.
+    variables, in `_apply_weight_decay`. PyTorch's fast versions update all variables at
+    one rate in `_backend_update_step`; the one that they override is used instead.
+    All are replaced on the instance.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`.
@@ -263,24 +261,15 @@ def scale_learning_rate(optimizer, multiplier):
     apply_weight_decay = optimizer._apply_weight_decay
     current_rate = optimizer._get_current_learning_rate
     moves_at_zero = _moves_at_rate_zero(optimizer)
-    strategy = getattr(optimizer, "_distribution_strategy", None)
-    replicated = strategy is not None and strategy.num_replicas_in_sync > 1
     current = None  # The variable that is being updated.
 
     def scaled_rate():
         rate = current_rate()
         return rate if current is None else rate * multiplier(current)
 
-    def decay(variable):
-        if optimizer._use_weight_decay(variable):
-            apply_weight_decay([variable])
-
     def scaled_step(gradient, variable, learning_rate):
         nonlocal current
         current, scale = variable, multiplier(variable)
-        if not replicated:
-            # Not TensorFlow's variable, of which Muon does not know the path.
-            decay(trained_variables(optimizer)[index_of(optimizer, variable)])
         if moves_at_zero:
             before = keras.ops.copy(variable)
             update_step(gradient, variable, learning_rate * scale)
@@ -292,10 +281,9 @@ def scale_learning_rate(optimizer, multiplier):
 
     def scaled_weight_decay(variables):
         nonlocal current
-        if replicated:
-            for current in variables:
-                decay(current)
-            current = None
+        for current in filter(optimizer._use_weight_decay, variables):
+            apply_weight_decay([current])
+        current = None
 
     optimizer.update_step = scaled_step
     optimizer._apply_weight_decay = scaled_weight_decay

@@ -157,6 +157,18 @@ def rates_of_one():
     return rates(contextlib.nullcontext)
 
 
+@pytest.mark.backends("tensorflow", reason="`tf.distribute` is for TensorFlow's Keras")
+@pytest.mark.parametrize("name", ["MirroredStrategy", "OneDeviceStrategy"])
+def test_a_strategy_of_one_device(name, rates_of_one):
+    """It updates variables as one of several does, though it has nothing to share."""
+    tf = pytest.importorskip("tensorflow")
+    device = {"MirroredStrategy": ["CPU:0"], "OneDeviceStrategy": "CPU:0"}[name]
+    strategy = getattr(tf.distribute, name)(device)
+    found = rates(strategy.scope)
+    for reading, other in zip(found, rates_of_one, strict=True):
+        assert reading == pytest.approx(other, rel=1e-5)
+
+
 def distribution(name):
     mesh = keras.distribution.DeviceMesh((2,), ("batch",), ["cpu:0", "cpu:1"])
     if name == DISTRIBUTIONS[0]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 # The long setting: KERAS_MILR_KILLS=60.
 SETTINGS = ["rollback", "layers", "checkpoint"]
 if NAME == "tensorflow":
-    SETTINGS += ["auto"]
+    SETTINGS += ["auto", "metric", "network"]
 KILLS = int(os.environ.get("KERAS_MILR_KILLS", len(SETTINGS)))
 
 
