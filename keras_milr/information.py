@@ -48,7 +48,7 @@ def contingency(
             negative or not finite. In a trace such a sample is left out instead.
     """
     if any(_in_trace(v) for v in (a, b, sample_weight)):
-        return _contingency_in_trace(a, b, num_a, num_b, sample_weight)
+        return counted(a, b, num_a, num_b, sample_weight)
     a, b = _ids(a, num_a, "a"), _ids(b, num_b, "b")
     num_a, num_b = int(num_a), int(num_b)  # Unsigned ones of NumPy make floats.
     if num_a * num_b > np.iinfo("int32").max:
@@ -72,7 +72,18 @@ def contingency(
     return cells.astype("float64").reshape(num_a, num_b)
 
 
-def _contingency_in_trace(a, b, num_a, num_b, sample_weight):
+def counted(
+    a: Array,
+    b: Array,
+    num_a: int,
+    num_b: int,
+    sample_weight: Array | None = None,
+) -> Array:
+    """`contingency` of tensors, in a trace or not: what is bad is left out.
+
+    Returns:
+        The table, a float32 tensor of shape `(num_a, num_b)`.
+    """
     # Not `bincount`, which XLA compiles anew for all data, nor a matrix product, which
     # rounds weights at a low precision.
     ops = keras.ops
@@ -123,7 +134,7 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
 
     Returns:
         Nats, shape `(...)`, between 0 and the smaller of the two marginal (plug-in)
-        entropies. An empty table has 0.
+        entropies (within rounding, inside a trace). An empty table has 0.
 
     Raises:
         ValueError: for negative or non-finite counts, an unknown `correction`, and
@@ -131,12 +142,11 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
     """
     xp, counts, valid = _prepare(counts, 2, correction)
     rows, columns = xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
-    ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
     if correction is None:
         # As a sum of log ratios: in float32 the difference of entropies loses
         # digits where the information is small.
         information = xp.sum(counts * _log_ratio(xp, counts), axis=(-2, -1))
-        information = information / _samples(xp, xp.sum(rows, axis=-1))
+        information = information / _samples(xp, xp.sum(columns, axis=-1))
     else:
         shape = counts.shape
         joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
@@ -145,7 +155,11 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
             + _entropy(xp, columns, correction)
             - _entropy(xp, joint, correction)
         )
-    information = xp.minimum(xp.maximum(information, 0.0), ceiling)
+    information = xp.maximum(information, 0.0)
+    # A metric computes it in every step, where each operation counts.
+    if xp is np or correction is not None:
+        ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
+        information = xp.minimum(information, ceiling)
     return xp.where(valid, information, np.nan)
 
 
@@ -217,11 +231,11 @@ def _log_ratio(xp, counts):
     """log(p(a, b) / p(a)p(b)) of each cell, 0 where the cell is empty."""
     rows = xp.sum(counts, axis=-1, keepdims=True)
     columns = xp.sum(counts, axis=-2, keepdims=True)
-    total = xp.sum(rows, axis=-2, keepdims=True)
-    # As a difference of logarithms: a product of counts may overflow.
-    return _log(xp, counts) + xp.where(
-        counts > 0, _log(xp, total) - _log(xp, rows) - _log(xp, columns), 0.0
-    )
+    total = xp.sum(columns, axis=-1, keepdims=True)
+    # Not over the product of rows and columns, which may overflow.
+    with np.errstate(divide="ignore", invalid="ignore"):  # Of empty cells.
+        ratio = (counts / rows) * (total / columns)
+    return xp.log(xp.where(counts > 0, ratio, 1.0))
 
 
 def _entropy(xp, counts, correction):

@@ -8,10 +8,6 @@ import numpy as np
 from keras_milr import _keras, information, readouts, targets
 from keras_milr._arguments import as_array, check_bool, naming
 
-# A float32 counts to 2^24. From here on, counts go on in another one, in a large unit.
-_CARRY, _UNIT = 2.0**23, 2.0**12
-
-
 @keras.saving.register_keras_serializable(package="keras_milr")
 class MutualInformation(_keras.IncreasingMetric):
     """Mutual information of the predicted class and the label, in nats.
@@ -24,8 +20,8 @@ class MutualInformation(_keras.IncreasingMetric):
     predicted, so this is not accuracy.
 
     The table is additive, so batches, `steps_per_execution` and `jit_compile` change
-    nothing. Counts are exact up to 2^36 samples in a cell, in batches of less than
-    2^23. Sample weights are used in `weighted_metrics=`; `metrics=` ignore them, as
+    nothing. Counts are exact up to 2^47 samples in a cell, in batches of less than
+    2^24. Sample weights are used in `weighted_metrics=`; `metrics=` ignore them, as
     always in Keras.
 
     The plug-in estimate lies about (K − 1)² / 2n nats too high, negligible over an
@@ -91,7 +87,7 @@ class MutualInformation(_keras.IncreasingMetric):
             )
         self.from_logits = from_logits
         self.targets = targets
-        self.counts = self._carried = None
+        self.counts = self._rest = None
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch to the table.
@@ -135,14 +131,15 @@ class MutualInformation(_keras.IncreasingMetric):
         classes = 2 if kind == "multi_label" else targets.num_classes(units)
         several = (units,) if kind == "multi_label" else ()
         if self.counts is None:
-            self.counts, self._carried = (
+            # A float32 counts to 2^24: the second has what the first is rounded by.
+            self.counts, self._rest = (
                 self.add_variable(
                     shape=(*several, classes + 1, classes),
                     initializer="zeros",
                     dtype="float32",
                     name=name,
                 )
-                for name in ("counts", "carried")
+                for name in ("counts", "rest")
             )
         elif self.counts.shape != (*several, classes + 1, classes):
             raise ValueError(
@@ -152,36 +149,35 @@ class MutualInformation(_keras.IncreasingMetric):
         if len(y_true.shape) > 0:
             _check_length("y_true", y_true.shape[0], y_pred)
         ids = targets.class_ids(y_true, units, kind)
-        weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)
+        weight = None
         for factor in (sample_weight, mask):
             if factor is not None:
+                if weight is None:
+                    weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
                 weight = weight * _like(ops.cast(factor, "float32"), weight)
-        weight = ops.reshape(weight, (-1,))
-        y_pred = ops.reshape(y_pred, (-1, units))
+        if len(y_pred.shape) > 2:
+            y_pred = ops.reshape(y_pred, (-1, units))
+            weight = None if weight is None else ops.reshape(weight, (-1,))
         if several:
-            counts = readouts.label_counts(y_pred, ids, weight, self.from_logits)
+            if weight is None:
+                weight = ops.ones(ops.shape(y_pred)[:1], "float32")
+            batch = readouts.label_counts(y_pred, ids, weight, self.from_logits)
         else:
-            weight = weight * ops.cast((ids >= 0) & (ids < classes), "float32")
-            counts = readouts.prediction_counts(
-                y_pred, ops.where(weight > 0, ids, 0), weight, self.from_logits
-            )
-        counts = self.counts.value + ops.cast(counts, "float32")
-        carry = ops.where(
-            (counts >= _CARRY) & (counts < _UNIT * 2.0**24),
-            ops.floor(counts / _UNIT) * _UNIT,
-            0.0,
-        )
-        self.counts.assign(counts - carry)
-        self._carried.assign_add(carry)
+            predicted = readouts.predicted_class(y_pred, self.from_logits)
+            batch = information.counted(predicted, ids, classes + 1, classes, weight)
+        counts = self.counts.value + batch
+        # Before the variable has another value.
+        self._rest.assign_add(batch - (counts - self.counts.value))
+        self.counts.assign(counts)
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats."""
         ops = keras.ops
         if self.counts is None:
             return ops.zeros((), self.dtype)
-        counts = self.counts.value + self._carried.value
+        counts = self.counts.value + self._rest.value
         nats = information.mutual_information(counts)
         if self.targets == "multi_label":
             occur = ops.all(ops.sum(counts, axis=1) > 0, axis=-1)
@@ -197,7 +193,7 @@ class MutualInformation(_keras.IncreasingMetric):
         return f"{self.counts.shape[0]} labels"
 
     def reset_state(self):
-        for variable in (self.counts, self._carried) if self.counts is not None else ():
+        for variable in (self.counts, self._rest) if self.counts is not None else ():
             variable.assign(keras.ops.zeros(variable.shape, "float32"))
 
     def table(self):
@@ -207,7 +203,7 @@ class MutualInformation(_keras.IncreasingMetric):
         """
         if self.counts is None:
             return None
-        both = (self.counts.value, self._carried.value)
+        both = (self.counts.value, self._rest.value)
         return sum(keras.ops.convert_to_numpy(one).astype("float64") for one in both)
 
     def get_config(self):
