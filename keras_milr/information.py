@@ -20,6 +20,7 @@ Array = Any  # an array or a tensor of any backend
 Correction = Literal["miller_madow", "grassberger"] | None
 
 _CORRECTIONS = (None, "miller_madow", "grassberger")
+_TINY = {True: np.finfo("float64").tiny, False: np.finfo("float32").tiny}  # In NumPy?
 
 
 def contingency(
@@ -141,25 +142,17 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
             for `"grassberger"` with fractional counts or inside a trace.
     """
     xp, counts, valid = _prepare(counts, 2, correction)
-    rows, columns = xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
-    if correction is None:
-        # As a sum of log ratios: in float32 the difference of entropies loses
-        # digits where the information is small.
-        information = xp.sum(counts * _log_ratio(xp, counts), axis=(-2, -1))
-        information = information / _samples(xp, xp.sum(columns, axis=-1))
-    else:
-        shape = counts.shape
-        joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
-        information = (
-            _entropy(xp, rows, correction)
-            + _entropy(xp, columns, correction)
-            - _entropy(xp, joint, correction)
-        )
-    information = xp.maximum(information, 0.0)
-    # A metric computes it in every step, where each operation counts.
-    if xp is np or correction is not None:
-        ceiling = xp.minimum(_entropy(xp, rows, None), _entropy(xp, columns, None))
-        information = xp.minimum(information, ceiling)
+    if correction is None and xp is not np:
+        return xp.where(valid, _divergence(xp, counts), np.nan)
+    shape = counts.shape
+    joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
+    margins = _margins(xp, counts)
+    plain = [_entropy(xp, one, None) for one in margins]
+    corrected = plain
+    if correction is not None:
+        corrected = [_entropy(xp, one, correction) for one in margins]
+    information = sum(corrected) - _entropy(xp, joint, correction)
+    information = xp.minimum(xp.maximum(information, 0.0), xp.minimum(*plain))
     return xp.where(valid, information, np.nan)
 
 
@@ -181,7 +174,7 @@ def null_level(counts: Array) -> Array:
         ValueError: for negative or non-finite counts.
     """
     xp, counts, valid = _prepare(counts, 2, None)
-    rows, columns = xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
+    rows, columns = _margins(xp, counts)
     freedom = xp.maximum(_occupied(xp, rows) - 1.0, 0.0) * xp.maximum(
         _occupied(xp, columns) - 1.0, 0.0
     )
@@ -227,15 +220,41 @@ def standard_error(counts: Array) -> Array:
     return xp.where(valid, xp.sqrt(spread) / total, np.nan)
 
 
+def _margins(xp, counts):
+    """Sums of the rows and of the columns of each table."""
+    if xp is np:  # `sum` takes four times as long over short axes.
+        return np.einsum("...rs->...r", counts), np.einsum("...rs->...s", counts)
+    return xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
+
+
+def _divergence(xp, counts):
+    """Plug-in mutual information in float32, as a sum of log ratios.
+
+    The difference of entropies loses digits where the information is small. A metric
+    computes this in every step, where each operation counts.
+    """
+    total = _samples(xp, xp.sum(counts, axis=(-2, -1), keepdims=True))
+    joint = counts / total
+    rows = xp.sum(joint, axis=-1, keepdims=True)
+    columns = xp.sum(joint, axis=-2, keepdims=True)
+    ratio = joint / xp.maximum(rows * columns, _TINY[False])
+    log_ratio = xp.log(xp.where(counts > 0, ratio, 1.0))
+    return xp.maximum(xp.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
+
+
 def _log_ratio(xp, counts):
     """log(p(a, b) / p(a)p(b)) of each cell, 0 where the cell is empty."""
     rows = xp.sum(counts, axis=-1, keepdims=True)
     columns = xp.sum(counts, axis=-2, keepdims=True)
     total = xp.sum(columns, axis=-1, keepdims=True)
-    # Not over the product of rows and columns, which may overflow.
-    with np.errstate(divide="ignore", invalid="ignore"):  # Of empty cells.
-        ratio = (counts / rows) * (total / columns)
-    return xp.log(xp.where(counts > 0, ratio, 1.0))
+    # As a difference of logarithms: a product of counts may overflow.
+    ratio = _log(xp, counts) - _log(xp, rows) + (_log(xp, total) - _log(xp, columns))
+    return xp.where(counts > 0, ratio, 0.0)
+
+
+def _log(xp, counts):
+    """Logarithm of the counts, finite where there are none."""
+    return xp.log(xp.maximum(counts, _TINY[xp is np]))
 
 
 def _entropy(xp, counts, correction):
@@ -246,16 +265,11 @@ def _entropy(xp, counts, correction):
     else:
         log = _log(xp, counts)
     samples = _samples(xp, total)
-    result = _log(xp, total) - xp.sum(counts * log, axis=-1) / samples
+    result = xp.log(samples) - xp.sum(counts * log, axis=-1) / samples
     if correction == "miller_madow":
         missing = (_occupied(xp, counts) - 1.0) / (2.0 * samples)
         result = result + xp.where(total > 0, missing, 0.0)
     return result
-
-
-def _log(xp, counts):
-    """Logarithm of the counts, 0 where there are none."""
-    return xp.log(xp.where(counts > 0, counts, 1.0))
 
 
 def _samples(xp, total):

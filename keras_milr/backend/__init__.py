@@ -13,8 +13,8 @@ those after it where there is something special to the backend; else `plain` has
 - `class_sums(values, ids, size)`: tensor of the sums of float32 `values` by their int32
   ids in `[0, size)`; may be in a trace, where `size` is a Python number.
 - `to_numpy(arrays)`: a dict of arrays or tensors as NumPy, fetched all at once.
-- `bincount(ids, size, weights=None)`: NumPy array of how often each id in `[0, size)`
-  occurs, or of the sums of its weights; not in a trace.
+- `bincount(ids, size, weights=None)`: tensor of how often each id in `[0, size)`
+  occurs, or of the sums of its weights; in a trace of `jit`, but not of a fused one.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
   `forward(x, training=False)` is the model with all its state left alone. It is traced
   once for each set of shapes and types, and reads the weights that the model has when

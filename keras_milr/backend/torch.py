@@ -71,8 +71,7 @@ def class_sums(values, ids, size):
 
 def bincount(ids, size, weights=None):
     weights = torch.ones_like(ids) if weights is None else weights
-    weights = torch.as_tensor(weights, device=ids.device)
-    return class_sums(weights, ids, size).cpu().numpy()
+    return class_sums(weights, ids, size)
 
 
 def compile_step(model, step):

@@ -28,15 +28,15 @@ def predicted_class(outputs, from_logits: bool = False):
     ops = keras.ops
     outputs = ops.cast(outputs, "float32")
     units = outputs.shape[-1]
-    if units == 1:
-        ids = ops.cast(outputs[:, 0] > (0.0 if from_logits else 0.5), "int32")
-    else:
-        # The first that is largest. `argmax` is slower in XLA, and more operations.
+    if units > 1:
+        # The first that is largest. `argmax` is more operations, and slower in XLA.
         largest = outputs >= ops.max(outputs, axis=-1, keepdims=True)
-        column = ops.arange(units, dtype="int32")
-        ids = ops.min(ops.where(largest, column, units), axis=-1)
-    finite = ops.all(ops.isfinite(outputs), axis=-1)
-    return ops.where(finite, ids, targets.num_classes(units))
+        ids = ops.where(largest, ops.arange(units, dtype="int32"), units)
+        ids = ops.min(ops.where(ops.isfinite(outputs), ids, -1), axis=-1)
+        return ops.where(ids < 0, units, ids)
+    single = outputs[:, 0]
+    ids = ops.cast(single > (0.0 if from_logits else 0.5), "int32")
+    return ops.where(ops.isfinite(single), ids, 2)
 
 
 def prediction_counts(outputs, class_ids, sample_weight=None, from_logits=False):

@@ -1,6 +1,7 @@
 """Histograms of the units of a layer."""
 
 import functools
+import math
 
 import keras
 import numpy as np
@@ -122,13 +123,10 @@ def counts(features, edges, class_ids, weight, num_classes) -> np.ndarray:
         weight: Weights of shape `(n,)`; None where all are 1, which is faster.
         num_classes: K.
     """
-    units, bins = features.shape[1], len(edges) + 1
-    cells = _compiled()(features, edges, class_ids, num_classes)
-    weights = None if weight is None else np.repeat(weight, units)
-    # Outside of the fused pass, which would divide to find each number's unit.
-    cells = keras.ops.reshape(cells, (-1,))
-    found = backend.bincount(cells, units * (bins + 2) * num_classes, weights)
-    return np.reshape(found, (units, bins + 2, num_classes))
+    arguments = (features, edges, class_ids, num_classes)
+    if weight is None:
+        return keras.ops.convert_to_numpy(_compiled()[0](*arguments))
+    return keras.ops.convert_to_numpy(_compiled()[1](*arguments, weight))
 
 
 def edges(features, weight, bins) -> np.ndarray:
@@ -145,18 +143,39 @@ def edges(features, weight, bins) -> np.ndarray:
         rows = np.sort(np.random.default_rng(0).choice(rows, _ROWS, replace=False))
     if len(rows) < len(weight):
         features = keras.ops.take(features, rows, axis=0)
-    x = keras.ops.convert_to_numpy(keras.ops.cast(features, "float32")).T
-    used = np.isfinite(x) & (x != 0.0)
-    # Sorted, what is not binned comes last.
-    ordered = np.sort(np.where(used, x, np.float32(np.inf)), axis=1)
-    at = np.arange(1, bins) * used.sum(axis=1, keepdims=True) // bins
+    ops = keras.ops
+    x = ops.cast(features, "float32")
+    # What is not binned comes last. Each unit is in one piece, to be sorted fast.
+    x = ops.where(ops.isfinite(x) & (x != 0.0), x, np.inf)
+    ordered = np.sort(ops.convert_to_numpy(ops.transpose(x)), axis=1)
+    binned = np.count_nonzero(ordered < np.inf, axis=1)
+    at = np.arange(1, bins) * binned[:, None] // bins
     at = np.minimum(at, len(rows) - 1)
     return np.ascontiguousarray(np.take_along_axis(ordered, at, axis=1).T)
 
 
 @functools.cache
 def _compiled():
-    return backend.jit(_cells, fused=True)
+    """Tables of samples, and of weights."""
+    ops = keras.ops
+    fused = backend.jit(_cells, fused=True)
+
+    def counted(features, edges, class_ids, num_classes):
+        cells = fused(features, edges, class_ids, num_classes)
+        return summed(cells, edges, num_classes)
+
+    def weighted(features, edges, class_ids, num_classes, weight):
+        cells = fused(features, edges, class_ids, num_classes)
+        weights = ops.broadcast_to(weight[:, None], cells.shape)
+        return summed(cells, edges, num_classes, ops.reshape(weights, (-1,)))
+
+    def summed(cells, edges, num_classes, weights=None):
+        # Outside of the fused pass, which would divide to find each number's unit.
+        shape = (cells.shape[1], edges.shape[0] + 2 + 1, num_classes)
+        cells = ops.reshape(cells, (-1,))
+        return ops.reshape(backend.bincount(cells, math.prod(shape), weights), shape)
+
+    return backend.jit(counted), backend.jit(weighted)
 
 
 def _cells(features, edges, class_ids, num_classes):
