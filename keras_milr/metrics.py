@@ -8,6 +8,7 @@ import numpy as np
 from keras_milr import _keras, information, readouts, targets
 from keras_milr._arguments import as_array, check_bool, naming
 
+
 @keras.saving.register_keras_serializable(package="keras_milr")
 class MutualInformation(_keras.IncreasingMetric):
     """Mutual information of the predicted class and the label, in nats.

@@ -80,6 +80,7 @@ Policy = Callable[[Reading], np.ndarray]
 
 _TINY = np.finfo("float32").tiny  # In float32 rates are set.
 _SOON = 0.2  # Share of the missing information, in a part of the first epoch.
+_SURE = 10  # Standard errors, where there are no probabilities.
 
 
 class _Configured:
@@ -222,6 +223,9 @@ class _MissingShare(_Configured):
         learns = (gain > threshold) & (
             reading.information >= reading.best - reading.noise
         )
+        # What is counted in a few hundred samples gains a tenth in any case, and of a
+        # metric it is the mean over an epoch, which goes on growing for a while.
+        learns &= ~np.isnan(reading.bound) | (_change(reading) > _SURE * reading.noise)
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         stuck = may_grow & early & ~learns
         return np.where(stuck, np.where(little, 3.0, 1.0) * reading.rate, rate)
@@ -248,7 +252,8 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch) and no reading was better; else, unless a range test found the
+       first epoch), by ten standard errors where there are no probabilities, and no
+       reading was better; else, unless a range test found the
        start, rate × 3 while H(Y) − CE is less than a quarter of the reference (the
        information less than a tenth, where there are no probabilities), also if the
        information falls, since counts go to and fro then; else the rate stays while
@@ -325,13 +330,14 @@ class ThresholdDecay(_MissingShare):
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold (0.2, if that is more, within the first epoch) and no reading was
-       better; else, unless a range test found the start, × 3 while H(Y) − CE is less
-       than a quarter of the reference (the information less than a tenth, where there
-       are no probabilities), also if the information falls, since counts go to and fro
-       then; else it stays while less than half is reached, be it a low rate or noise in
-       the labels that it comes from. Within the first epoch it begins only while less
-       than half is reached. A raise that costs information is undone.
+       g > threshold (0.2, if that is more, within the first epoch), by ten standard
+       errors where there are no probabilities, and no reading was better; else, unless
+       a range test found the start, × 3 while H(Y) − CE is less than a quarter of the
+       reference (the information less than a tenth, where there are no probabilities),
+       also if the information falls, since counts go to and fro then; else it stays
+       while less than half is reached, be it a low rate or noise in the labels that it
+       comes from. Within the first epoch it begins only while less than half is
+       reached. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
