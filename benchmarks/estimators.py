@@ -268,7 +268,8 @@ def plot(cases, path):
             )
         axis.set(title=titles[kind], xlabel=label)
         axis.grid(alpha=0.3)
-        axis.set_ylim(top=30 * axis.get_ylim()[1])  # Room for the legend.
+        room = 10 ** (0.4 * len(axis.get_lines()))  # For the legend.
+        axis.set_ylim(top=room * axis.get_ylim()[1])
         axis.legend(fontsize=8, loc="upper left")
     axes[0].set_ylabel("milliseconds")
     path.parent.mkdir(parents=True, exist_ok=True)
