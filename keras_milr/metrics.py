@@ -169,9 +169,10 @@ class MutualInformation(_keras.IncreasingMetric):
             predicted = readouts.predicted_class(y_pred, self.from_logits)
             batch = information.counted(predicted, ids, classes + 1, classes, weight)
         counts = self.counts.value + batch
-        # Before the variable has another value.
-        self._rest.assign_add(batch - (counts - self.counts.value))
-        self.counts.assign(counts)
+        rest = self._rest.value + (batch - (counts - self.counts.value))
+        total = counts + rest
+        self._rest.assign(rest - (total - counts))
+        self.counts.assign(total)
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats."""

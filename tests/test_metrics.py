@@ -3,6 +3,7 @@ import re
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
@@ -121,31 +122,47 @@ def test_counts_stay_exact_over_millions():
     )
 
 
-@pytest.mark.parametrize("labels", [None, "multi_label"])
-def test_counts_beyond_what_a_float32_can_count_to(labels):
-    """One sample at a time, where 2^24 + 1 is 2^24; and on in large batches."""
+def one_cell(labels, start):
+    """A metric that has counted `start` samples of one kind, and another of them."""
     several = labels == "multi_label"
     metric = keras_milr.MutualInformation(targets=labels or "auto")
     y = np.array([[0, 0]] if several else [0])
     outputs = np.array([[0.4, 0.1]] if several else [[0.9, 0.1]], "float32")
     metric.update_state(y, outputs)
-    present = metric.counts.value
-    table = np.array(keras.ops.convert_to_numpy(present))
-    table[table > 0] = 2.0**23 - 2
+    table = np.array(keras.ops.convert_to_numpy(metric.counts.value))
+    table[table > 0] = start
     metric.counts.assign(table)
-    total = 2**23 - 2
-    for _ in range(5):
-        metric.update_state(y, outputs)
-        total += 1
-    for weight in (2.0**22 + 1, 2.0**23 - 1, 2.0**22 + 3, 2.0**22 + 1, 1.0, 1.0):
+    return metric, y, outputs
+
+
+@pytest.mark.parametrize("start", [2.0**24 - 2, 2.0**25, 2.0**46])
+@pytest.mark.parametrize("labels", [None, "multi_label"])
+def test_counts_beyond_what_a_float32_can_count_to(labels, start):
+    """One sample at a time, where 2^24 + 1 is 2^24; and on in large batches."""
+    metric, y, outputs = one_cell(labels, start)
+    total = int(start)
+    for weight in (*[1.0] * 20, 2.0**22 + 1, 2.0**24 - 1, *[2.0**23 + 3] * 5, 1.0):
         metric.update_state(y, outputs, sample_weight=np.array([weight], "float32"))
         total += int(weight)
     assert total > 2**24
     counted = metric.table()
     np.testing.assert_array_equal(counted[counted > 0], total)
-    assert np.count_nonzero(counted) == (2 if several else 1)
+    assert np.count_nonzero(counted) == (2 if labels == "multi_label" else 1)
+    # Else it would be full at 2^24, as the other was.
+    rest = keras.ops.convert_to_numpy(metric._rest.value)
+    assert np.abs(rest).max() <= total / 2**24
     metric.reset_state()
     assert not metric.table().any()
+
+
+@pytest.mark.backends("tensorflow", reason="with and without XLA")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_no_compiler_takes_the_rest_for_nothing(jit_compile):
+    metric, y, outputs = one_cell(None, 2.0**25)
+    update = tf.function(metric.update_state, jit_compile=jit_compile)
+    for _ in range(21):
+        update(tf.constant(y), tf.constant(outputs))
+    assert metric.table().sum() == 2**25 + 21
 
 
 def test_mixed_precision_counts_in_float32(digits):
