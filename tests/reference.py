@@ -167,8 +167,10 @@ def reference_level(
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
     little = r["information"] < 0.1 * r["reference"]
-    if r["bound"] is not None and not math.isnan(r["bound"]):
+    probabilities = r["bound"] is not None and not math.isnan(r["bound"])
+    if probabilities:
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+    sure = probabilities or change > 10 * r["noise"]
     little = little and not r["searched"]
     begins = 0 < r["step"] < 1
     if (
@@ -180,7 +182,8 @@ def reference_level(
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]
-        if gain > (max(share, 0.2) if begins else share) and not fell:
+        enough = gain > (max(share, 0.2) if begins else share)
+        if enough and sure and not fell:
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"] if little else r["rate"]
@@ -209,8 +212,10 @@ def threshold_decay(
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
     little = r["information"] < 0.1 * r["reference"]
-    if r["bound"] is not None and not math.isnan(r["bound"]):
+    probabilities = r["bound"] is not None and not math.isnan(r["bound"])
+    if probabilities:
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+    sure = probabilities or change > 10 * r["noise"]
     little = little and not r["searched"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
@@ -226,7 +231,8 @@ def threshold_decay(
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]
-        if gain > (max(threshold, 0.2) if begins else threshold) and not fell:
+        enough = gain > (max(threshold, 0.2) if begins else threshold)
+        if enough and sure and not fell:
             return 2 * r["rate"]
         if early:
             return 3 * r["rate"] if little else r["rate"]

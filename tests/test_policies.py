@@ -312,6 +312,17 @@ def test_within_the_first_epoch_rates_only_rise(policy):
     assert never.early_readings == 0
 
 
+@pytest.mark.parametrize(
+    "policy", [policies.ReferenceLevel(), policies.ThresholdDecay()]
+)
+def test_without_probabilities_a_raise_needs_ten_standard_errors(policy):
+    early = {"step": 3, "steps": 40, "previous": 0.5, "information": 0.9}
+    early["noise"] = 0.041
+    assert policy(make_reading(**early)) == 0.01
+    assert policy(make_reading(**early | {"noise": 0.039})) == pytest.approx(0.02)
+    assert policy(make_reading(**early, bound=0.6)) == pytest.approx(0.02)
+
+
 class TestThresholdDecay:
     policy = staticmethod(policies.ThresholdDecay())
 
