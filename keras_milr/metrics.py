@@ -101,7 +101,8 @@ class MutualInformation(_keras.IncreasingMetric):
             y_pred: Outputs of shape `(n, ..., K)`, or `(n, ..., 1)` for two classes.
                 What a mask that they carry leaves out is not counted.
             sample_weight: Optional weights of shape `(n,)`, `(n, 1)` or `(n, ...)`, or
-                a scalar.
+                a scalar. What has one below 0, or one that is not finite, is not
+                counted.
 
         Raises:
             ValueError: for shapes that do not fit.

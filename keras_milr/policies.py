@@ -223,8 +223,8 @@ class _MissingShare(_Configured):
         learns = (gain > threshold) & (
             reading.information >= reading.best - reading.noise
         )
-        # What is counted in a few hundred samples gains a tenth in any case, and of a
-        # metric it is the mean over an epoch, which goes on growing for a while.
+        # In a few hundred samples counts gain a tenth at any rate; those of a metric
+        # are of a whole epoch, in which the network knew less than at its end.
         learns &= ~np.isnan(reading.bound) | (_change(reading) > _SURE * reading.noise)
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         stuck = may_grow & early & ~learns
@@ -253,13 +253,13 @@ class ReferenceLevel(_MissingShare):
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
        first epoch), by ten standard errors where there are no probabilities, and no
-       reading was better; else, unless a range test found the
-       start, rate × 3 while H(Y) − CE is less than a quarter of the reference (the
-       information less than a tenth, where there are no probabilities), also if the
-       information falls, since counts go to and fro then; else the rate stays while
-       less than half is reached, be it a low rate or noise in the labels that it comes
-       from. This mends a start that is far too low. Within the first epoch it begins
-       only while less than half is reached. A raise that costs information is undone.
+       reading was better; else, unless a range test found the start, rate × 3 while
+       H(Y) − CE is less than a quarter of the reference (the information less than a
+       tenth, where there are no probabilities), also if the information falls, since
+       counts go to and fro then; else the rate stays while less than half is reached,
+       be it a low rate or noise in the labels that it comes from. This mends a start
+       that is far too low. Within the first epoch it begins only while less than half
+       is reached. A raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
