@@ -20,7 +20,6 @@ Array = Any  # an array or a tensor of any backend
 Correction = Literal["miller_madow", "grassberger"] | None
 
 _CORRECTIONS = (None, "miller_madow", "grassberger")
-_TINY = {True: np.finfo("float64").tiny, False: np.finfo("float32").tiny}  # In NumPy?
 
 
 def contingency(
@@ -73,13 +72,7 @@ def contingency(
     return cells.astype("float64").reshape(num_a, num_b)
 
 
-def counted(
-    a: Array,
-    b: Array,
-    num_a: int,
-    num_b: int,
-    sample_weight: Array | None = None,
-) -> Array:
+def counted(a, b, num_a, num_b, sample_weight=None):
     """`contingency` of tensors, in a trace or not: what is bad is left out.
 
     Returns:
@@ -143,7 +136,11 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
     """
     xp, counts, valid = _prepare(counts, 2, correction)
     if correction is None and xp is not np:
-        return xp.where(valid, _divergence(xp, counts), np.nan)
+        # The difference of entropies loses digits in float32 where the information is
+        # small. No ceiling: a metric computes this in every step.
+        joint, log_ratio = _log_ratio(xp, counts)
+        information = xp.maximum(xp.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
+        return xp.where(valid, information, np.nan)
     shape = counts.shape
     joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
     margins = _margins(xp, counts)
@@ -213,11 +210,11 @@ def standard_error(counts: Array) -> Array:
         ValueError: for negative or non-finite counts.
     """
     xp, counts, valid = _prepare(counts, 2, None)
-    total = _samples(xp, xp.sum(counts, axis=(-2, -1)))
-    ratio = _log_ratio(xp, counts)
-    mean = xp.sum(counts * ratio, axis=(-2, -1)) / total
-    spread = xp.sum(counts * (ratio - mean[..., None, None]) ** 2, axis=(-2, -1))
-    return xp.where(valid, xp.sqrt(spread) / total, np.nan)
+    samples = _samples(xp, xp.sum(counts, axis=(-2, -1)))
+    joint, log_ratio = _log_ratio(xp, counts)
+    mean = xp.sum(joint * log_ratio, axis=(-2, -1), keepdims=True)
+    variance = xp.sum(joint * (log_ratio - mean) ** 2, axis=(-2, -1))
+    return xp.where(valid, xp.sqrt(variance / samples), np.nan)
 
 
 def _margins(xp, counts):
@@ -227,34 +224,19 @@ def _margins(xp, counts):
     return xp.sum(counts, axis=-1), xp.sum(counts, axis=-2)
 
 
-def _divergence(xp, counts):
-    """Plug-in mutual information in float32, as a sum of log ratios.
-
-    The difference of entropies loses digits where the information is small. A metric
-    computes this in every step, where each operation counts.
-    """
-    total = _samples(xp, xp.sum(counts, axis=(-2, -1), keepdims=True))
-    joint = counts / total
+def _log_ratio(xp, counts):
+    """p(a, b), and log(p(a, b) / p(a)p(b)), 0 where the cell is empty."""
+    samples = _samples(xp, xp.sum(counts, axis=(-2, -1), keepdims=True))
+    joint = counts / samples  # A product of counts may overflow.
     rows = xp.sum(joint, axis=-1, keepdims=True)
     columns = xp.sum(joint, axis=-2, keepdims=True)
-    ratio = joint / xp.maximum(rows * columns, _TINY[False])
-    log_ratio = xp.log(xp.where(counts > 0, ratio, 1.0))
-    return xp.maximum(xp.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
+    ratio = joint / xp.maximum(rows * columns, _tiny(xp))
+    # Of a share that is rounded to 0, the count is not.
+    return joint, xp.log(xp.where(joint > 0, ratio, 1.0))
 
 
-def _log_ratio(xp, counts):
-    """log(p(a, b) / p(a)p(b)) of each cell, 0 where the cell is empty."""
-    rows = xp.sum(counts, axis=-1, keepdims=True)
-    columns = xp.sum(counts, axis=-2, keepdims=True)
-    total = xp.sum(columns, axis=-1, keepdims=True)
-    # As a difference of logarithms: a product of counts may overflow.
-    ratio = _log(xp, counts) - _log(xp, rows) + (_log(xp, total) - _log(xp, columns))
-    return xp.where(counts > 0, ratio, 0.0)
-
-
-def _log(xp, counts):
-    """Logarithm of the counts, finite where there are none."""
-    return xp.log(xp.maximum(counts, _TINY[xp is np]))
+def _tiny(xp):
+    return np.finfo("float64" if xp is np else "float32").tiny
 
 
 def _entropy(xp, counts, correction):
@@ -263,7 +245,7 @@ def _entropy(xp, counts, correction):
         # G(n) of Grassberger (2003), Eq. 30, in closed form.
         log = np.where(counts > 0, digamma(counts // 2 + 0.5) + np.log(2.0), 0.0)
     else:
-        log = _log(xp, counts)
+        log = xp.log(xp.maximum(counts, _tiny(xp)))  # Times 0 where there are none.
     samples = _samples(xp, total)
     result = xp.log(samples) - xp.sum(counts * log, axis=-1) / samples
     if correction == "miller_madow":

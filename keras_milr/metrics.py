@@ -153,18 +153,15 @@ class MutualInformation(_keras.IncreasingMetric):
         ids = targets.class_ids(y_true, units, kind)
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)
+        factors = [one for one in (sample_weight, mask) if one is not None]
         weight = None
-        for factor in (sample_weight, mask):
-            if factor is not None:
-                if weight is None:
-                    weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
+        if factors or several:
+            weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
+            for factor in factors:
                 weight = weight * _like(ops.cast(factor, "float32"), weight)
-        if len(y_pred.shape) > 2:
-            y_pred = ops.reshape(y_pred, (-1, units))
-            weight = None if weight is None else ops.reshape(weight, (-1,))
+            weight = ops.reshape(weight, (-1,))
+        y_pred = ops.reshape(y_pred, (-1, units))
         if several:
-            if weight is None:
-                weight = ops.ones(ops.shape(y_pred)[:1], "float32")
             batch = readouts.label_counts(y_pred, ids, weight, self.from_logits)
         else:
             predicted = readouts.predicted_class(y_pred, self.from_logits)

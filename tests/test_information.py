@@ -38,6 +38,13 @@ def in_graph_contingency(a, b, num_a, num_b, weight):
     return keras.ops.convert_to_numpy(function(*tensors))
 
 
+def test_a_share_that_float32_rounds_to_nothing():
+    table = np.array([[1e20, 0.0], [0.0, 1e-30]])
+    for function in (information.mutual_information, information.standard_error):
+        assert function(table) == pytest.approx(0.0, abs=1e-20)
+        assert in_graph(function, table) == pytest.approx(0.0, abs=1e-20)
+
+
 def symmetric_channel(classes, error, n, rng):
     labels = rng.integers(0, classes, n)
     wrong = (labels + rng.integers(1, classes, n)) % classes

@@ -123,10 +123,8 @@ def counts(features, edges, class_ids, weight, num_classes) -> np.ndarray:
         weight: Weights of shape `(n,)`; None where all are 1, which is faster.
         num_classes: K.
     """
-    arguments = (features, edges, class_ids, num_classes)
-    if weight is None:
-        return keras.ops.convert_to_numpy(_compiled()[0](*arguments))
-    return keras.ops.convert_to_numpy(_compiled()[1](*arguments, weight))
+    tables = _compiled()(features, edges, class_ids, weight, num_classes)
+    return keras.ops.convert_to_numpy(tables)
 
 
 def edges(features, weight, bins) -> np.ndarray:
@@ -156,26 +154,20 @@ def edges(features, weight, bins) -> np.ndarray:
 
 @functools.cache
 def _compiled():
-    """Tables of samples, and of weights."""
     ops = keras.ops
     fused = backend.jit(_cells, fused=True)
 
-    def counted(features, edges, class_ids, num_classes):
+    def tables(features, edges, class_ids, weight, num_classes):
         cells = fused(features, edges, class_ids, num_classes)
-        return summed(cells, edges, num_classes)
-
-    def weighted(features, edges, class_ids, num_classes, weight):
-        cells = fused(features, edges, class_ids, num_classes)
-        weights = ops.broadcast_to(weight[:, None], cells.shape)
-        return summed(cells, edges, num_classes, ops.reshape(weights, (-1,)))
-
-    def summed(cells, edges, num_classes, weights=None):
+        if weight is not None:
+            weight = ops.broadcast_to(weight[:, None], cells.shape)
+            weight = ops.reshape(weight, (-1,))
         # Outside of the fused pass, which would divide to find each number's unit.
-        shape = (cells.shape[1], edges.shape[0] + 2 + 1, num_classes)
-        cells = ops.reshape(cells, (-1,))
-        return ops.reshape(backend.bincount(cells, math.prod(shape), weights), shape)
+        cells, units = ops.reshape(cells, (-1,)), cells.shape[1]
+        shape = (units, edges.shape[0] + 3, num_classes)
+        return ops.reshape(backend.bincount(cells, math.prod(shape), weight), shape)
 
-    return backend.jit(counted), backend.jit(weighted)
+    return backend.jit(tables)
 
 
 def _cells(features, edges, class_ids, num_classes):
