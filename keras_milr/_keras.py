@@ -249,16 +249,17 @@ def scale_learning_rate(optimizer, multiplier):
 
     Public Keras has no place for a rate per variable. `update_step` is handed the rate,
     but weight decay reads it from `_get_current_learning_rate`, once for all
-    variables, in `_apply_weight_decay`. PyTorch's fast versions update all variables at
-    one rate in `_backend_update_step`; the one that they override is used instead.
-    All are replaced on the instance.
+    variables, in `_apply_weight_decay`, before the first step of any. Here each decays
+    right before its own step, and is fetched from memory once. PyTorch's fast versions
+    update all variables at one rate in `_backend_update_step`; the one that they
+    override is used instead. All are replaced on the instance.
 
     Args:
         optimizer: A `keras.optimizers.Optimizer`.
         multiplier: Function from a variable of the optimizer to a scalar tensor.
     """
     update_step = optimizer.update_step
-    apply_weight_decay = optimizer._apply_weight_decay
+    apply_weight_decay = _weight_decay_within_step(optimizer)
     current_rate = optimizer._get_current_learning_rate
     moves_at_zero = _moves_at_rate_zero(optimizer)
     current = None  # The variable that is being updated.
@@ -269,7 +270,11 @@ def scale_learning_rate(optimizer, multiplier):
 
     def scaled_step(gradient, variable, learning_rate):
         nonlocal current
-        current, scale = variable, multiplier(variable)
+        # Not TensorFlow's variable, of which Muon does not know the path.
+        current = trained_variables(optimizer)[index_of(optimizer, variable)]
+        scale = multiplier(current)
+        if optimizer._use_weight_decay(current):
+            apply_weight_decay([current])
         if moves_at_zero:
             before = keras.ops.copy(variable)
             update_step(gradient, variable, learning_rate * scale)
@@ -279,18 +284,24 @@ def scale_learning_rate(optimizer, multiplier):
             update_step(gradient, variable, learning_rate * scale)
         current = None
 
-    def scaled_weight_decay(variables):
-        nonlocal current
-        for current in filter(optimizer._use_weight_decay, variables):
-            apply_weight_decay([current])
-        current = None
-
     optimizer.update_step = scaled_step
-    optimizer._apply_weight_decay = scaled_weight_decay
+    optimizer._apply_weight_decay = lambda variables: None
     optimizer._get_current_learning_rate = scaled_rate
     for cls in type(optimizer).__mro__:
         if cls.__name__ == "TorchParallelOptimizer":
             optimizer._backend_update_step = super(cls, optimizer)._backend_update_step
+
+
+def _weight_decay_within_step(optimizer):
+    """Weight decay of variables that are being updated.
+
+    TensorFlow's own hands them to the devices of a strategy, as has been done by then.
+    """
+    for cls in type(optimizer).__mro__:
+        if "_apply_weight_decay" in vars(cls):
+            if cls.__name__ == "TFOptimizer":
+                return super(cls, optimizer)._apply_weight_decay
+            return optimizer._apply_weight_decay
 
 
 def stop(optimizer, variables):
