@@ -45,6 +45,8 @@ _set_global = _from(_STATE, "set_global_attribute")
 _SEED_GENERATOR = "global_seed_generator"
 _CompileLoss = _from("keras.src.trainers.compile_utils", "CompileLoss")
 _CompileMetrics = _from("keras.src.trainers.compile_utils", "CompileMetrics")
+if keras.backend.backend() == "tensorflow":
+    _from("keras.src.backend.tensorflow.optimizer", "TFOptimizer")
 if keras.backend.backend() == "torch":
     _torch = "keras.src.backend.torch.optimizers.torch_parallel_optimizer"
     _from(_torch, "TorchParallelOptimizer")
@@ -297,11 +299,10 @@ def _weight_decay_within_step(optimizer):
 
     TensorFlow's own hands them to the devices of a strategy, as has been done by then.
     """
-    for cls in type(optimizer).__mro__:
-        if "_apply_weight_decay" in vars(cls):
-            if cls.__name__ == "TFOptimizer":
-                return super(cls, optimizer)._apply_weight_decay
-            return optimizer._apply_weight_decay
+    name = "_apply_weight_decay"
+    cls = next(cls for cls in type(optimizer).__mro__ if name in vars(cls))
+    of_tensorflow = cls.__name__ == "TFOptimizer"
+    return getattr(super(cls, optimizer) if of_tensorflow else optimizer, name)
 
 
 def stop(optimizer, variables):

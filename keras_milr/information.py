@@ -48,6 +48,8 @@ def contingency(
             negative or not finite. In a trace such a sample is left out instead.
     """
     if any(_in_trace(v) for v in (a, b, sample_weight)):
+        a, b = keras.ops.cast(a, "int32"), keras.ops.cast(b, "int32")
+        b = keras.ops.where((a >= 0) & (a < num_a), b, -1)
         return counted(a, b, num_a, num_b, sample_weight)
     a, b = _ids(a, num_a, "a"), _ids(b, num_b, "b")
     num_a, num_b = int(num_a), int(num_b)  # Unsigned ones of NumPy make floats.
@@ -73,7 +75,9 @@ def contingency(
 
 
 def counted(a, b, num_a, num_b, sample_weight=None):
-    """`contingency` of tensors, in a trace or not: what is bad is left out.
+    """`contingency` of tensors, in a trace or not, for ids `a` that are in range.
+
+    A sample with a bad `b` or weight is left out.
 
     Returns:
         The table, a float32 tensor of shape `(num_a, num_b)`.
@@ -82,7 +86,7 @@ def counted(a, b, num_a, num_b, sample_weight=None):
     # rounds weights at a low precision.
     ops = keras.ops
     a, b = ops.cast(a, "int32"), ops.cast(b, "int32")
-    inside = (a >= 0) & (a < num_a) & (b >= 0) & (b < num_b)
+    inside = (b >= 0) & (b < num_b)
     if sample_weight is None:
         weight = ops.cast(inside, "float32")
     else:
@@ -136,11 +140,7 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
     """
     xp, counts, valid = _prepare(counts, 2, correction)
     if correction is None and xp is not np:
-        # The difference of entropies loses digits in float32 where the information is
-        # small. No ceiling: a metric computes this in every step.
-        joint, log_ratio = _log_ratio(xp, counts)
-        information = xp.maximum(xp.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
-        return xp.where(valid, information, np.nan)
+        return xp.where(valid, plug_in(counts), np.nan)
     shape = counts.shape
     joint = xp.reshape(counts, (*shape[:-2], shape[-2] * shape[-1]))
     margins = _margins(xp, counts)
@@ -151,6 +151,16 @@ def mutual_information(counts: Array, correction: Correction = None) -> Array:
     information = sum(corrected) - _entropy(xp, joint, correction)
     information = xp.minimum(xp.maximum(information, 0.0), xp.minimum(*plain))
     return xp.where(valid, information, np.nan)
+
+
+def plug_in(counts):
+    """`mutual_information` of float32 tensors, in a trace or not, that are counts.
+
+    A metric computes it in every step: there is no check, nor a ceiling.
+    """
+    # The difference of entropies loses digits in float32 where that is small.
+    joint, log_ratio = _log_ratio(keras.ops, counts)
+    return keras.ops.maximum(keras.ops.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
 
 
 def null_level(counts: Array) -> Array:

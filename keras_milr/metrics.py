@@ -148,8 +148,7 @@ class MutualInformation(_keras.IncreasingMetric):
                 f"MutualInformation has counted {self._counted()} so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        if len(y_true.shape) > 0:
-            _check_length("y_true", y_true.shape[0], y_pred)
+        _check_length("y_true", (*y_true.shape, 1)[0], y_pred)  # A scalar is one.
         ids = targets.class_ids(y_true, units, kind)
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)
@@ -160,14 +159,16 @@ class MutualInformation(_keras.IncreasingMetric):
             for factor in factors:
                 weight = weight * _like(ops.cast(factor, "float32"), weight)
             weight = ops.reshape(weight, (-1,))
-        y_pred = ops.reshape(y_pred, (-1, units))
+        if positions:
+            y_pred = ops.reshape(y_pred, (-1, units))
         if several:
             batch = readouts.label_counts(y_pred, ids, weight, self.from_logits)
         else:
             predicted = readouts.predicted_class(y_pred, self.from_logits)
             batch = information.counted(predicted, ids, classes + 1, classes, weight)
-        counts = self.counts.value + batch
-        rest = self._rest.value + (batch - (counts - self.counts.value))
+        before = ops.convert_to_tensor(self.counts)  # Read once.
+        counts = before + batch
+        rest = self._rest.value + (batch - (counts - before))
         total = counts + rest
         self._rest.assign(rest - (total - counts))
         self.counts.assign(total)
@@ -177,13 +178,13 @@ class MutualInformation(_keras.IncreasingMetric):
         ops = keras.ops
         if self.counts is None:
             return ops.zeros((), self.dtype)
-        counts = self.counts.value + self._rest.value
-        nats = information.mutual_information(counts)
+        # The rest is less than they are rounded by.
+        counts = ops.convert_to_tensor(self.counts)
+        nats = information.plug_in(counts)
         if self.targets == "multi_label":
             occur = ops.all(ops.sum(counts, axis=1) > 0, axis=-1)
             occur = ops.cast(occur, "float32")
-            nats = ops.sum(ops.cast(nats, "float32") * occur)
-            nats = nats / ops.maximum(ops.sum(occur), 1.0)
+            nats = ops.sum(nats * occur) / ops.maximum(ops.sum(occur), 1.0)
         return ops.cast(nats, self.dtype)
 
     def _counted(self):

@@ -30,6 +30,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_milr.backend import argmax
+
 KINDS = ("sparse", "one_hot", "soft", "binary", "multi_label", "continuous")
 MANY = 1024  # classes; beyond, no table of counts and no share of each in a sample
 _MOST_BINS = 16
@@ -330,7 +332,7 @@ def class_ids(labels, num_units: int, kind: str | None = None):
     labels = ops.convert_to_tensor(labels)
     kind = label_kind(labels.shape, num_units) if kind is None else kind
     if kind in ("one_hot", "soft"):
-        labels = ops.argmax(ops.cast(labels, "float32"), axis=-1)
+        labels = argmax(ops.cast(labels, "float32"))
     if kind == "sparse" or kind in ("one_hot", "soft"):
         return ops.cast(ops.reshape(labels, (-1,)), "int32")
     # As keras.metrics.BinaryAccuracy, any label above the middle is class 1.

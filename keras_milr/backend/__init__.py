@@ -3,6 +3,7 @@
 A module for each backend has these functions, up to `compile_step` each of its own and
 those after it where there is something special to the backend; else `plain` has them:
 
+- `argmax(x)`: int32 index of the first of the largest numbers in each row of `x`.
 - `is_symbolic(x)`: whether the tensor `x` is inside a trace, without a value yet. On
   PyTorch, which does not trace, whether it is inside a measurement.
 - `is_in_reach(x)`: whether the tensor `x` can be used here, and not only in the loop
@@ -77,6 +78,7 @@ if keras.backend.backend() not in _MODULES:
     )
 
 _backend = importlib.import_module(f"{__name__}.{keras.backend.backend()}")
+argmax = _backend.argmax
 bincount = _backend.bincount
 compile_step = _backend.compile_step
 is_in_reach = _backend.is_in_reach
@@ -135,6 +137,7 @@ def _libraries():
 
 
 __all__ = [
+    "argmax",
     "bincount",
     "buffers",
     "class_sums",

@@ -11,6 +11,11 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 
+def argmax(x):
+    # Keras' own goes to some length for 0 to be more than -0, which it is not.
+    return tf.argmax(x, axis=-1, output_type=tf.int32)
+
+
 def is_symbolic(x):
     # While a graph is built, not even an eager tensor can be turned into an array.
     return not tf.executing_eagerly() or tf.is_symbolic_tensor(x)

@@ -21,6 +21,10 @@ _COMPARED, _CROWDED = 2**22, 10_000
 _measuring = contextvars.ContextVar("keras_milr_measuring", default=False)
 
 
+def argmax(x):
+    return torch.argmax(x, dim=-1).to(torch.int32)
+
+
 def is_symbolic(x):
     # In a measurement a tensor stays where it is, although it has a value: to fetch
     # every batch of counts would have the device waited for.

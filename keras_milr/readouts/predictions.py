@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_milr import information, targets
 from keras_milr._arguments import as_array, check_bool, check_integer, naming
-from keras_milr.backend import class_sums, to_numpy
+from keras_milr.backend import argmax, class_sums, to_numpy
 from keras_milr.readouts.result import Information
 
 _MOST_SURPRISE = 1e15  # nats
@@ -29,11 +29,8 @@ def predicted_class(outputs, from_logits: bool = False):
     outputs = ops.cast(outputs, "float32")
     units = outputs.shape[-1]
     if units > 1:
-        # The first that is largest. `argmax` is more operations, and slower in XLA.
-        largest = outputs >= ops.max(outputs, axis=-1, keepdims=True)
-        ids = ops.where(largest, ops.arange(units, dtype="int32"), units)
-        ids = ops.min(ops.where(ops.isfinite(outputs), ids, -1), axis=-1)
-        return ops.where(ids < 0, units, ids)
+        finite = ops.all(ops.isfinite(outputs), axis=-1)
+        return ops.where(finite, argmax(outputs), units)
     single = outputs[:, 0]
     ids = ops.cast(single > (0.0 if from_logits else 0.5), "int32")
     return ops.where(ops.isfinite(single), ids, 2)
