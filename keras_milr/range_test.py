@@ -29,8 +29,9 @@ class LRRange(NamedTuple):
         max_lr: The highest rate that trained: it did not fail, nor any below it.
         best_lr: The rate to use: half a decade below `peak_lr`, more where there were
             fewer than 30 steps, but not below `min_lr`.
-        peak_lr: The rate with the most information after the training; `max_lr` where
-            none had more than at the start beyond the noise.
+        peak_lr: The rate that learned most: of those that gained two thirds of the most
+            information gained, or more, that with the lowest loss; `max_lr` where none
+            had more than at the start beyond the noise.
         rates: The learning rates.
         information: Accessible information after the training, in nats. NaN where the
             training ended in numbers that are not finite.
@@ -109,10 +110,11 @@ def lr_range_test(
     finite, or when the information collapses: less than half of what there was at a
     lower rate or at the start, and a loss that a constant predictor has too.
 
-    `best_lr` is half a decade below the rate with the most information. What is fastest
-    for a few steps is often too fast for a whole training. Where the steps move the
-    information at no rate, or there is one step for each, it is the optimizer's own, a
-    warning says so, and nothing is known of the best but that it is not above `max_lr`.
+    `best_lr` is half a decade below `peak_lr`, the rate that learned most. What is
+    fastest for a few steps is often too fast for a whole training. Where the steps move
+    the information at no rate, or there is one step for each, it is the optimizer's
+    own, a warning says so, and nothing is known of the best but that it is not above
+    `max_lr`.
     Less than a quarter of H(Y) counts only with a loss below H(Y), unless that of the
     start was above 1.5 H(Y): a network that has yet to begin may tell classes apart by
     differences that are small and pass.

@@ -20,6 +20,7 @@ _MUCH = 0.25  # share of H(Y), known although the loss does not say so
 _UNSURE = 1.5  # of H(Y): the loss of outputs that are not sure of anything
 COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
+_AS_GOOD = 1 / 3  # of what was gained may be missing
 
 
 class Row(NamedTuple):
@@ -201,15 +202,15 @@ def moved(trial):
 
 
 def best_of(trial):
-    """The row with the most information, or with the lowest loss where none moved.
+    """The row that learned most, or that with the lowest loss where none moved.
 
-    Of rows that have as much but for a tenth of what was gained, the one with the
-    lowest loss, which is less coarse.
+    Of rows with as much information but for a third of what was gained, the one with
+    the lowest loss, which is less coarse: after a few steps counts go to and fro.
     """
     rows = moved(trial)
     if rows:
         most = max(row.info.accessible for row in rows)
-        least = most - 0.1 * (most - trial.start.info.accessible)
+        least = most - _AS_GOOD * (most - trial.start.info.accessible)
         rows = [row for row in rows if row.info.accessible >= least]
     else:
         rows = trained(trial.rows)

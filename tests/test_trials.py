@@ -21,8 +21,16 @@ def trial(*rows, start=(0.1, 2.4), skewed=False, length=30):
 
 
 def test_of_about_as_much_information_the_lower_loss_is_better():
-    rows = (1e-3, 0.8, 1.9), (1e-2, 1.3, 1.2), (1e-1, 1.25, 1.0), (1.0, 1.0, 0.9)
+    rows = (1e-3, 0.8, 1.9), (1e-2, 1.3, 1.2), (1e-1, 1.25, 1.0), (1.0, 0.8, 0.9)
     assert trials.best_of(trial(*rows)).rate == 1e-1
+
+
+def test_after_a_few_steps_counts_go_to_and_fro():
+    """As of a CNN on MNIST, which needs the rate that its loss prefers."""
+    rows = (1e-2, 0.18, 2.27), (3e-2, 0.92, 2.01), (0.1, 0.7, 1.73), (0.3, 0.48, 1.88)
+    assert trials.best_of(trial(*rows)).rate == 0.1
+    much_less = (1e-2, 0.18, 2.27), (3e-2, 0.92, 2.01), (0.1, 0.6, 1.73)
+    assert trials.best_of(trial(*much_less)).rate == 3e-2
 
 
 def test_without_losses_the_information_decides():
@@ -30,7 +38,7 @@ def test_without_losses_the_information_decides():
     assert trials.best_of(trial(*rows)).rate == 1e-2
 
 
-@pytest.mark.parametrize(("skewed", "best"), [(False, 1e-4), (True, 1e-2)])
+@pytest.mark.parametrize(("skewed", "best"), [(False, 1e-1), (True, 1e-2)])
 def test_what_an_output_worse_than_the_shares_knows_is_chance(skewed, best):
     """A rare class that is told apart at the start, and while outputs swing."""
     rows = (1e-4, 0.9, 5.0), (1e-3, 0.5, 3.0), (1e-2, 0.6, 2.05), (1e-1, 0.7, 2.3)
