@@ -67,14 +67,14 @@ def table_case(n, classes, rng):
             readouts.prediction_counts(outputs, labels)
         )
 
-    measure = backend.jit(nats, fused=True)
+    compiled = backend.jit(nats, fused=True)
 
     def numpy_counts():
         cells = np.argmax(outputs, axis=1) * classes + labels
         return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
     methods = {
-        "keras_milr": lambda: float(measure(x, y)),
+        "keras_milr": lambda: float(compiled(x, y)),
         "scikit-learn": lambda: mutual_info_score(labels, np.argmax(outputs, axis=1)),
         "NumPy": lambda: information.mutual_information(numpy_counts()),
     }

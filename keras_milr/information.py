@@ -75,7 +75,7 @@ def contingency(
 
 
 def counted(a, b, num_a, num_b, sample_weight=None):
-    """`contingency` of tensors, in a trace or not, for ids `a` that are in range.
+    """`contingency` of int32 tensors, in a trace or not, for `a` that are in range.
 
     A sample with a bad `b` or weight is left out.
 
@@ -85,7 +85,6 @@ def counted(a, b, num_a, num_b, sample_weight=None):
     # Not `bincount`, which XLA compiles anew for all data, nor a matrix product, which
     # rounds weights at a low precision.
     ops = keras.ops
-    a, b = ops.cast(a, "int32"), ops.cast(b, "int32")
     inside = (b >= 0) & (b < num_b)
     if sample_weight is None:
         weight = ops.cast(inside, "float32")

@@ -113,6 +113,21 @@ def test_shuffled_labels_have_no_information():
     assert info.raw == pytest.approx(info.null, rel=0.5)
 
 
+def test_the_first_of_the_largest_is_predicted():
+    """As NumPy has it, for which 0 and -0 are the same; K where one is not finite."""
+    rng = np.random.default_rng(0)
+    outputs = rng.integers(-2, 2, (500, 4)).astype("float32") * 0.5
+    outputs[rng.random((500, 4)) < 0.3] *= -1.0  # Many ties, and zeros of both signs.
+    expected = outputs.argmax(axis=1)
+    for i, value in enumerate((np.nan, np.inf, -np.inf)):
+        outputs[i, i] = value
+        expected[i] = 4
+    tensor = keras.ops.convert_to_tensor(outputs)
+    for function in (readouts.predicted_class, compiled(readouts.predicted_class)):
+        found = keras.ops.convert_to_numpy(function(tensor))
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_unknown_outputs_say_nothing_but_are_counted():
     outputs, labels = sample(4, 1000)
     all_nan = readouts.Predictions().measure(np.full_like(outputs, np.nan), labels, 4)
