@@ -148,7 +148,7 @@ class MutualInformation(_keras.IncreasingMetric):
                 f"MutualInformation has counted {self._counted()} so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
-        _check_length("y_true", (*y_true.shape, 1)[0], y_pred)  # A scalar is one.
+        _check_length("y_true", y_true.shape[0], y_pred)
         ids = targets.class_ids(y_true, units, kind)
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)

@@ -293,7 +293,8 @@ def label_kind(
     Raises:
         ValueError: for a shape that fits none of the kinds.
     """
-    shape = tuple(label_shape)[1:] if label_shape else None
+    # TensorFlow's shape of a scalar is true, and of an unknown rank has no length.
+    shape = tuple(label_shape)[1:] if label_shape and len(label_shape) else None
     positions = tuple(positions)
     if _fits(shape, positions) or _fits(shape, (*positions, 1)):
         return "binary" if num_units == 1 else "sparse"

@@ -373,7 +373,7 @@ def test_bad_arguments(arguments, error, message):
         ({"y_true": None}, "`y_true` must be an array of real numbers"),
         ({"y_true": ["a", "b"]}, "`y_true` must be an array of real numbers"),
         ({"y_true": [0, 1, 1]}, "`y_true` and `y_pred` must have the same length"),
-        ({"y_true": 1}, "`y_true` and `y_pred` must have the same length"),
+        ({"y_true": 1}, r"`y_true`.*labels of shape \(\)"),
         ({"y_pred": "a"}, "`y_pred` must be an array of real numbers"),
         ({"y_pred": [[1, 2], [3]]}, "`y_pred` must be an array of real numbers"),
         ({"y_pred": 1.0}, "`y_pred` must be outputs of shape"),
