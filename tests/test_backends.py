@@ -378,6 +378,25 @@ def test_sums_by_class(n, size):
     np.testing.assert_array_equal(found, np.bincount(ids, minlength=size))
 
 
+def test_one_trace_for_any_width():
+    """And another for another number of rows, and of a Python argument."""
+    traced = []
+
+    def moment(x, weight, power):
+        traced.append(tuple(x.shape))
+        return keras.ops.sum(keras.ops.power(x, power) * weight[:, None], axis=0)
+
+    moments = backend.jit(moment, any_width=True)
+    rng = np.random.default_rng(0)
+    for rows, width, power in [(9, 5, 2), (9, 3, 2), (9, 8, 2), (7, 5, 2), (9, 3, 3)]:
+        x, weight = rng.normal(size=(rows, width)), rng.normal(size=rows)
+        tensors = [keras.ops.convert_to_tensor(a, "float32") for a in (x, weight)]
+        found = keras.ops.convert_to_numpy(moments(*tensors, power))
+        np.testing.assert_allclose(found, weight @ x**power, rtol=1e-4, atol=1e-5)
+    if keras.backend.backend() == "tensorflow":
+        assert traced == [(9, None), (7, None), (9, None)]
+
+
 @pytest.mark.backends("jax", reason="it chooses by the platform")
 def test_sums_by_class_as_on_a_gpu(monkeypatch):
     import jax

@@ -8,9 +8,11 @@ those after it where there is something special to the backend; else `plain` has
   PyTorch, which does not trace, whether it is inside a measurement.
 - `is_in_reach(x)`: whether the tensor `x` can be used here, and not only in the loop
   that it was made in.
-- `jit(function, fused=False)`: the pure function, compiled; its Python arguments are
-  constants. `fused` asks for one kernel, where the backend has another compiler for
-  that; it pays for element-wise work on many numbers, and compiles anew for each shape.
+- `jit(function, fused=False, any_width=False)`: the pure function, compiled; its Python
+  arguments are constants. `fused` asks for one kernel, where the backend has another
+  compiler for that; it pays for element-wise work on many numbers, and compiles anew
+  for each shape. With `any_width` the last axis of the first argument, a tensor, may
+  be of any size, without a trace for each where the backend can do that.
 - `class_sums(values, ids, size)`: tensor of the sums of float32 `values` by their int32
   ids in `[0, size)`; may be in a trace, where `size` is a Python number.
 - `to_numpy(arrays)`: a dict of arrays or tensors as NumPy, fetched all at once.

@@ -21,7 +21,7 @@ def is_in_reach(x):
     return not is_symbolic(x) or x._trace is getattr(here, "_trace", None)
 
 
-def jit(function, fused=False):
+def jit(function, fused=False, any_width=False):
     @functools.cache
     def compiled(constants):
         return jax.jit(function, static_argnums=constants)

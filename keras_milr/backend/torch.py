@@ -39,7 +39,7 @@ def is_in_reach(x):
     return True
 
 
-def jit(function, fused=False):
+def jit(function, fused=False, any_width=False):
     @functools.wraps(function)
     def run(*args):
         args = keras.tree.map_structure(_tensor, args)

@@ -117,7 +117,7 @@ def _halves(class_ids, weight) -> tuple[np.ndarray, int]:
 
 @functools.cache
 def _compiled():
-    return backend.jit(_count_held_out)
+    return backend.jit(_count_held_out, any_width=True)
 
 
 def _count_held_out(features, order, class_ids, weight, middle, num_classes):
@@ -208,5 +208,6 @@ def _shrunk(covariance, samples, width):
     share = numerator / ops.maximum(denominator, 1e-12 * numerator + 1e-30)
     share = ops.minimum(share, 1.0)
     scale = ops.where(scale > 0, scale, 1.0)  # Nothing moves: any will do.
-    diagonal = (share + _RIDGE) * scale * ops.eye(covariance.shape[-1], dtype="float32")
+    # `eye` would have to know the width.
+    diagonal = (share + _RIDGE) * scale * ops.diag(ops.ones_like(covariance[0]))
     return (1.0 - share) * covariance + diagonal

@@ -383,18 +383,26 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert info.bound == pytest.approx(measure(x, labels, 10).bound, abs=0.01)
 
 
-@pytest.mark.backends("tensorflow", reason="counts the traces of a tf.function")
-def test_is_traced_once_for_the_labels_of_a_probe():
-    readout = LinearReadout()
-    compiled = linear._compiled()
-    before = compiled.experimental_get_tracing_count()
-    x, labels = layer(n=333, width=9)
-    for seed in range(4):
-        x = np.random.default_rng(seed).normal(size=x.shape)
-        readout.read(
-            keras.ops.convert_to_tensor(x), labels, 10, np.full(333, 1.0 + seed)
-        )
-    assert compiled.experimental_get_tracing_count() == before + 1
+@pytest.mark.backends("tensorflow", "jax", reason="PyTorch does not trace")
+def test_is_traced_once_for_the_labels_of_a_probe(monkeypatch):
+    """On TensorFlow for layers of all widths, elsewhere once for each."""
+    traced, count = [], linear._count_held_out
+
+    def counted(features, *args):
+        traced.append(features.shape[-1])
+        return count(features, *args)
+
+    monkeypatch.setattr(linear, "_count_held_out", counted)
+    linear._compiled.cache_clear()
+    readout, rng = LinearReadout(), np.random.default_rng(0)
+    _, labels = layer(n=333, width=9)
+    for weight in (1.0, 2.0):
+        for width in (9, 64, 17):
+            x = keras.ops.convert_to_tensor(rng.normal(size=(333, width)), "float32")
+            readout.read(x, labels, 10, np.full(333, weight))
+    linear._compiled.cache_clear()
+    tensorflow = keras.backend.backend() == "tensorflow"
+    assert traced == ([None] if tensorflow else [9, 64, 17])
 
 
 @pytest.mark.backends("tensorflow", reason="with and without XLA")
