@@ -129,8 +129,9 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     ops = keras.ops
     features = ops.take(ops.cast(features, "float32"), order, axis=0)
     valid = ops.all(feature.finite(features), axis=-1)
-    features = ops.where(valid[:, None], features, 0.0)
-    counted = ops.where(valid, weight, 0.0)
+    each = ops.expand_dims(valid, -1)
+    features = ops.where(each, features, 0.0)
+    counted = ops.where(each, ops.expand_dims(weight, -1), 0.0)
     one_hot = ops.one_hot(class_ids, num_classes, dtype="float32")
     parts = features, one_hot, counted
     halves = [[part[:middle] for part in parts], [part[middle:] for part in parts]]
@@ -138,10 +139,11 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     for (x, _, _), fitted in zip(halves, halves[::-1], strict=True):
         scores, log_shares = _discriminant(*fitted, x)
         evidence.append(scores)
-        prior.append(ops.broadcast_to(log_shares, ops.shape(scores)))
+        prior.append(ops.zeros_like(scores) + log_shares)
     evidence, prior = ops.concatenate(evidence), ops.concatenate(prior)
 
-    exists = ops.sum(one_hot * counted[:, None], axis=0) > 0
+    one_hot = one_hot * counted
+    exists = ops.sum(one_hot, axis=0) > 0
     prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
     temperatures = ops.reshape(
         ops.convert_to_tensor(_TEMPERATURES, "float32"), (-1, 1, 1)
@@ -150,9 +152,9 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     # As probabilities are clipped in `Predictions`: a single sample far out, on the
     # wrong side, must not cost more than all the others are worth.
     log_p = ops.maximum(log_p, math.log(keras.config.epsilon()))
-    score = ops.sum(log_p * one_hot * counted[:, None], axis=(1, 2))
+    score = ops.sum(log_p * one_hot, axis=(1, 2))
     logits = ops.take(log_p, ops.argmax(score), axis=0)
-    logits = ops.where(valid[:, None], logits, np.nan)  # Counted as no prediction.
+    logits = ops.where(each, logits, np.nan)  # Counted as no prediction.
     readout = Predictions(from_logits=True)
     return readout.update(readout.init(num_classes), logits, class_ids, weight)
 
@@ -160,27 +162,33 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
 def _discriminant(x, one_hot, weight, others):
     """Linear discriminant analysis, fitted to `x`.
 
+    Args:
+        x: Features, shape `(n, features)`.
+        one_hot: Labels, `(n, K)`.
+        weight: Weights, `(n, 1)`.
+        others: Features of other samples.
+
     Returns:
         Log likelihood ratios of the classes for every row of `others`, `(n, K)`, up
         to a constant of the row, and the logarithm of the classes' shares, `(K,)`.
     """
     ops = keras.ops
-    weighted = one_hot * weight[:, None]
+    weighted = one_hot * weight
     counts = ops.sum(weighted, axis=0)
     total = ops.maximum(ops.sum(counts), 1e-6)
-    mean = ops.sum(x * weight[:, None], axis=0) / total
+    mean = ops.sum(x * weight, axis=0) / total
     # Once more: a long sum is rounded, and a constant would seem to move.
-    mean = mean + ops.sum((x - mean) * weight[:, None], axis=0) / total
+    mean = mean + ops.sum((x - mean) * weight, axis=0) / total
     x = x - mean
-    variance = ops.sum(x * x * weight[:, None], axis=0) / total
+    variance = ops.sum(x * x * weight, axis=0) / total
     # A unit that never moves, but for rounding, says nothing.
     moves = variance > 1e-10 * (mean * mean) + 1e-30
     scale = ops.where(moves, ops.rsqrt(ops.where(moves, variance, 1.0)), 0.0)
     x = x * scale
 
     class_means = ops.matmul(ops.transpose(weighted), x)
-    class_means = class_means / ops.maximum(counts, 1e-6)[:, None]
-    residual = (x - ops.matmul(one_hot, class_means)) * ops.sqrt(weight)[:, None]
+    class_means = class_means / ops.expand_dims(ops.maximum(counts, 1e-6), -1)
+    residual = (x - ops.matmul(one_hot, class_means)) * ops.sqrt(weight)
     covariance = ops.matmul(ops.transpose(residual), residual) / total
     covariance = _shrunk(covariance, total, ops.sum(ops.cast(moves, "float32")))
 
@@ -201,7 +209,7 @@ def _shrunk(covariance, samples, width):
     """
     ops = keras.ops
     width = ops.maximum(width, 1.0)
-    scale = ops.trace(covariance) / width
+    scale = ops.sum(ops.diagonal(covariance)) / width
     square = ops.sum(covariance * covariance) / (width * width)
     numerator = square + scale * scale
     denominator = (samples + 1.0) * (square - scale * scale / width)
