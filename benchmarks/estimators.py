@@ -1,6 +1,7 @@
 """What a reading costs, beside the tools that could do it, and beside the limit.
 
-Three estimates, each on the same arrays as its rivals, in turns within one process:
+Three estimates, each on the same arrays as its rivals, in turns within one process, and
+so in several processes:
 
 - `table`: outputs and labels to the information of (predicted class, label), argmax
   included. Rivals: scikit-learn's `mutual_info_score`, NumPy's `bincount`, and
@@ -287,16 +288,19 @@ def main():
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=5, help="in each process")
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few shapes")
+    parser.add_argument(
+        "--quick", action="store_true", help="few shapes, in this process only"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/estimators.json"))
     arguments = parser.parse_args()
 
     shapes = {"table": TABLE, "units": UNITS, "linear": LINEAR}
     if arguments.quick:
-        shapes = QUICK
-    cases = report.measured(shapes, measure, arguments)
+        shapes, arguments.processes = QUICK, 0
+    cases = report.measured(shapes, measure, arguments, arguments.processes)
     ratios = ratios_of(cases)
     report.print_ratios("time of ours over that of another", ratios)
     report.write(arguments.output, arguments, ratios, cases=cases)

@@ -1,8 +1,10 @@
 """What all benchmarks of speed share: how they measure, print and write."""
 
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 from pathlib import Path
@@ -42,15 +44,36 @@ def write(path, arguments, ratios, **data):
     print(f"\nJSON: {path}")
 
 
-def measured(shapes, measure, arguments) -> list:
-    """What `measure(kind, shape, rounds, rng)` found for each shape of each kind."""
+def measured(shapes, measure, arguments, processes=0) -> list:
+    """What `measure(kind, shape, rounds, rng)` found for each shape of each kind.
+
+    With `processes`, the rounds are of so many processes for each shape, one after the
+    other: where the memory of a process lies makes up to half of a time. Seconds are
+    those of all rounds, and the rest is of the last process.
+    """
     todo = [(kind, shape) for kind in shapes for shape in shapes[kind]]
     bar, found = keras.utils.Progbar(len(todo), unit_name="shape"), []
     for kind, shape in todo:
-        rng = np.random.default_rng(arguments.seed)
-        found.append(measure(kind, shape, arguments.rounds, rng))
+        task = measure, kind, shape, arguments.rounds, arguments.seed
+        parts = [_fresh(task) for _ in range(processes)] or [_measured(task)]
+        seconds = {name: [] for name in parts[0]["seconds"]}
+        for part in parts:
+            for name, values in part["seconds"].items():
+                seconds[name] += values
+        found.append({**parts[-1], "seconds": seconds})
         bar.add(1)
     return found
+
+
+def _measured(task):
+    measure, kind, shape, rounds, seed = task
+    return measure(kind, shape, rounds, np.random.default_rng(seed))
+
+
+def _fresh(task):
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+        return process.submit(_measured, task).result()
 
 
 def title(case) -> str:
