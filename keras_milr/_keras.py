@@ -346,24 +346,33 @@ def set_aside(model, optimizer):
     loss: `fit` looks into its data, and shuffles, to build one. The attributes
     are replaced past `__setattr__`, by which TensorFlow would keep track of the
     optimizer as a part of the model's checkpoints.
+
+    A training step is given data as `fit` gives it: by `train_on_batch`, Keras has it
+    unpack a weight of None, and one of the user's own may begin `x, y = data`.
     """
     loss = model._compile_loss
     if loss is not None and not loss.built:
         loss = type(loss)(
             loss._user_loss, loss._user_loss_weights, output_names=loss.output_names
         )
-    lent = {"optimizer": optimizer, "_compile_loss": loss}
+    step = model.train_step
+
+    def train_step(*args):
+        *state, data = args  # The state on JAX only.
+        return step(*state, keras.utils.pack_x_y_sample_weight(*data))
+
+    lent = {"optimizer": optimizer, "_compile_loss": loss, "train_step": train_step}
     lent |= {"train_function": None, "_compile_metrics": None}
-    kept = {name: vars(model)[name] for name in lent}
-    jax_state = {k: vars(model)[k] for k in ("_jax_state",) if k in vars(model)}
+    # JAX's trainer keeps a hold of the weights of the last step.
+    names = (*lent, "_jax_state")
+    kept = {name: vars(model)[name] for name in names if name in vars(model)}
     vars(model).update(lent)
     try:
         yield
     finally:
+        for name in names:
+            vars(model).pop(name, None)
         vars(model).update(kept)
-        # The weights of the last step, which JAX's trainer keeps a hold of.
-        vars(model).pop("_jax_state", None)
-        vars(model).update(jax_state)
 
 
 def copy_optimizer(optimizer, model):

@@ -67,13 +67,14 @@ class OwnStep(keras.Model):
     if NAME == "jax":
 
         def train_step(self, state, data):
-            logs, state = super().train_step(state, data[:2])
+            x, y = data
+            logs, state = super().train_step(state, (x, y))
             return logs | {"own": keras.ops.zeros(())}, state
 
     else:
 
         def train_step(self, data):
-            x, y = data[:2]
+            x, y = data
             outputs, loss, grads = gradients(self, x, y, training=True)
             update(self.optimizer, grads, self.trainable_variables)
             self.count(y, outputs)

@@ -51,7 +51,7 @@ def halves(x):
 
 @model("Sequential", "Dropout", "BatchNormalization")
 def sequential(x):
-    layers = [K.Conv2D(8, 3, name="conv"), K.BatchNormalization(momentum=0.5)]
+    layers = [K.Conv2D(8, 3, name="conv"), K.BatchNormalization(momentum=0.9)]
     layers += [K.ReLU(), K.Flatten(), K.Dropout(0.2)]
     last = K.Dense(10, activation="softmax", name="head")
     return keras.Sequential([keras.Input((8, 8, 1)), *layers, last]), images(x)
