@@ -142,8 +142,8 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
         prior.append(ops.zeros_like(scores) + log_shares)
     evidence, prior = ops.concatenate(evidence), ops.concatenate(prior)
 
-    one_hot = one_hot * counted
-    exists = ops.sum(one_hot, axis=0) > 0
+    weighted = one_hot * counted
+    exists = ops.sum(weighted, axis=0) > 0
     prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
     temperatures = ops.reshape(
         ops.convert_to_tensor(_TEMPERATURES, "float32"), (-1, 1, 1)
@@ -152,7 +152,7 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     # As probabilities are clipped in `Predictions`: a single sample far out, on the
     # wrong side, must not cost more than all the others are worth.
     log_p = ops.maximum(log_p, math.log(keras.config.epsilon()))
-    score = ops.sum(log_p * one_hot, axis=(1, 2))
+    score = ops.sum(log_p * weighted, axis=(1, 2))
     logits = ops.take(log_p, ops.argmax(score), axis=0)
     logits = ops.where(each, logits, np.nan)  # Counted as no prediction.
     readout = Predictions(from_logits=True)
