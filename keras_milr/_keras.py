@@ -4,6 +4,7 @@ Each is looked up when this file is imported, so that a Keras that has renamed o
 refused in a sentence, and not by an AttributeError in the middle of a training.
 """
 
+import collections
 import contextlib
 import importlib
 import inspect
@@ -119,19 +120,48 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
         return self.inner_optimizer._model_variables_moving_average
 
 
-def metrics(model) -> list:
-    """Every metric instance of the model, compiled or its own.
+def metrics(model) -> dict:
+    """Every metric instance of the model, compiled or its own, by its key in the logs.
 
-    On TensorFlow the compiled metrics are built in the first training step, and
-    `model.metrics` does not list them before; by then it is too late to say that one
-    is missing. What `compile` was given stands in `_user_metrics` of the container.
+    Those that `compile` was given are not in `model.metrics`, and only in the first
+    training step does Keras build the containers that know their keys; by then it is
+    too late to say that one is missing.
     """
-    found = []
+    found, times = {}, collections.Counter()
+
+    def add(metric, prefix="", again=""):
+        known = any(metric is one for one in found.values())
+        single = isinstance(metric, keras.metrics.Metric)
+        if known or not single or isinstance(metric, _CompileMetrics):
+            return
+        key = prefix + metric.name
+        if key in times:
+            key = prefix + again + metric.name
+        found[f"{key}_{times[key]}" if key in times else key] = metric
+        times[key] += 1
+
+    for container in model.metrics:
+        for name, again in (("metrics", ""), ("weighted_metrics", "weighted_")):
+            given = getattr(container, f"_user_{name}", None)
+            for prefix, part in _by_output(model, given):
+                for metric in keras.tree.flatten(part):
+                    add(metric, prefix, again)
     for metric in model.metrics:
-        found.append(metric)
-        for name in ("_user_metrics", "_user_weighted_metrics"):
-            found.extend(keras.tree.flatten(getattr(metric, name, None)))
-    return [m for m in found if isinstance(m, keras.metrics.Metric)]
+        add(metric)
+    return found
+
+
+def _by_output(model, given):
+    """Metrics as `compile` was given them, with what stands before their keys."""
+    names = getattr(model, "output_names", None) or []
+    single = isinstance(model, keras.Sequential) or len(names) == 1
+    if isinstance(given, dict) and not single:
+        pairs = given.items()
+    elif isinstance(given, (list, tuple)) and 1 < len(names) == len(given):
+        pairs = zip(names, given, strict=True)
+    else:
+        return [("", given)]
+    return [(f"{name}_", part) for name, part in pairs]
 
 
 def loss_weights(model):

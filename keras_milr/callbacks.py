@@ -226,10 +226,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             of H(Y) of what was known is missing and the cross-entropy is as much
             higher. Each time warns; after the tenth the training stops. Defaults to
             `True`.
-        monitor: Without `probe_data`, the log key of the metric to use; one on the
-            validation data is read after epochs only. Defaults to `None`: the metric on
-            the validation data where the first epoch has some and readings are not
-            within epochs, else on the training data.
+        monitor: Without `probe_data`, the log key of the metric to use, which begins
+            with the name of the output where there are several. One on the validation
+            data is read after epochs only. Defaults to `None`: the metric on the
+            validation data where the first epoch has some and readings are not within
+            epochs, else on the training data.
         seed: Integer seed of the sample. Defaults to `0`.
         verbose: Integer. 0: quiet, 1: update messages. Defaults to `0`.
 

@@ -257,7 +257,9 @@ class MetricTable:
 
     def __init__(self, model, monitor=None):
         found = {
-            m.name: m for m in _keras.metrics(model) if isinstance(m, MutualInformation)
+            key: metric
+            for key, metric in _keras.metrics(model).items()
+            if isinstance(metric, MutualInformation)
         }
         if not found:
             raise ValueError(
@@ -266,15 +268,16 @@ class MetricTable:
                 "`metrics=[keras_milr.MutualInformation()]`. "
                 "Received: probe_data=None and no MutualInformation metric"
             )
-        keys = [prefix + name for name in found for prefix in ("", "val_")]
+        keys = [prefix + key for key in found for prefix in ("", "val_")]
         ambiguous = monitor is None and len(found) > 1
         if ambiguous or monitor not in (None, *keys):
             raise ValueError(
                 f"Argument `monitor` must be one of {keys}. Received: {monitor!r}"
             )
         self._validation = None if monitor is None else monitor not in found
-        name = next(iter(found)) if monitor is None else monitor.removeprefix("val_")
-        self._metric = found[name]
+        monitor = next(iter(found)) if monitor is None else monitor
+        self._key = monitor if monitor in found else monitor.removeprefix("val_")
+        self._metric = found[self._key]
         self._unread = 0.0  # counts of earlier epochs, too few for a reading
         self.begin_epoch()
 
@@ -304,7 +307,7 @@ class MetricTable:
         validated = self._trained is not None
         if self._validation is None:
             self._validation = validated
-        key = ("val_" if self._validation else "") + self._metric.name
+        key = ("val_" if self._validation else "") + self._key
         if self._validation and not validated:
             warnings.warn(
                 f"MutualInformationLR: `{key}` is not available, since there was no "
@@ -318,7 +321,7 @@ class MetricTable:
         nats = _nats(total)
         if abs(nats - logs.get(key, nats)) > 0.01:
             raise ValueError(
-                f"The metric {self._metric.name!r} has been used since the epoch "
+                f"The metric {self._key!r} has been used since the epoch "
                 "ended, by `evaluate` in another callback? Put MutualInformationLR "
                 f"before it, or pass `probe_data`. Received: {nats} nats, while "
                 f"{key}={logs[key]}"
@@ -353,7 +356,7 @@ class MetricTable:
             if mid_epoch or not _of_one_class(self._read):
                 return None
             raise ValueError(
-                f"The metric {self._metric.name!r} has counted labels of fewer than "
+                f"The metric {self._key!r} has counted labels of fewer than "
                 "two classes in an epoch; nothing can be known of them. "
                 f"Received: {counts.sum():g} sample(s)"
             )

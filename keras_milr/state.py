@@ -60,6 +60,14 @@ class State:
         vars(copied).update({name: vars(self)[name] for name in names})
         return copied
 
+    def __getstate__(self):
+        # For another process. What rides with a model's weights is Keras' to save.
+        return {name: vars(self)[name] for name in vars(self) if name != "_rider"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._rider = _Rider(self._content, self._on_loaded)
+
     @property
     def resumes(self) -> bool:
         """Whether there is a state to go on from."""

@@ -9,7 +9,7 @@ import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
-from keras_milr import policies, readouts
+from keras_milr import _keras, policies, readouts
 from tests import reference
 from tests.backends import OwnStep
 
@@ -41,6 +41,22 @@ def fit(callback, data, model=None, epochs=3, **arguments):
 def keep(reading):
     """A policy that changes nothing."""
     return reading.rate
+
+
+def it(name="it"):
+    return keras_milr.MutualInformation(name=name)
+
+
+def two_outputs(**metrics):
+    """Which digit it is, and whether it is above 4."""
+    keras.utils.set_random_seed(0)
+    x = keras.Input((64,))
+    digit = keras.layers.Dense(10, activation="softmax", name="digit")(x)
+    large = keras.layers.Dense(1, activation="sigmoid", name="large")(x)
+    model = keras.Model(x, {"digit": digit, "large": large})
+    losses = {"digit": "sparse_categorical_crossentropy", "large": "bce"}
+    model.compile("adam", losses, **metrics)
+    return model
 
 
 def halve(reading):
@@ -711,6 +727,55 @@ class TestTheMetricAsSource:
         history = fit(callback, digits, model, validation_split=0.3).history
         values = [r["raw"] for r in callback.history]
         np.testing.assert_allclose(values, history["mutual_information"], atol=1e-5)
+
+    @pytest.mark.parametrize("key", ["digit_mutual_information", "large_weighted_it"])
+    def test_of_several_outputs_by_its_key_in_the_logs(self, digits, key):
+        x, y = digits
+        model = two_outputs(
+            metrics={"digit": [keras_milr.MutualInformation()], "large": it()},
+            weighted_metrics={"large": it()},
+        )
+        targets = {"digit": y, "large": y > 4}
+        callback = keras_milr.MutualInformationLR(keep, monitor=key)
+        history = fit(callback, (x, targets), model).history
+        values = [r["raw"] for r in callback.history]
+        np.testing.assert_allclose(values, history[key], atol=1e-5)
+        message = "`monitor` must be one of.*'val_digit_mut.*'large_it'.*: None"
+        with pytest.raises(ValueError, match=message):
+            fit(keras_milr.MutualInformationLR(keep), (x, targets), model)
+
+    @pytest.mark.parametrize(
+        "metrics",
+        [
+            lambda: {"metrics": {"digit": it(), "large": it()}},
+            lambda: {"metrics": {"large": [it(), it("other"), it()]}},
+            lambda: {"metrics": [[it()], [it(), "accuracy"]]},
+            lambda: {"weighted_metrics": [it(), it()]},
+            lambda: {"metrics": [None, it()], "weighted_metrics": {"large": it()}},
+            lambda: {
+                "metrics": {"large": it()},
+                "weighted_metrics": {"large": [it(), it(), it()], "digit": it()},
+            },
+        ],
+    )
+    def test_keys_are_those_of_keras(self, digits, metrics):
+        x, y = digits
+        model = two_outputs(**metrics())
+        found = _keras.metrics(model)  # Before Keras has built them.
+        ours = [key for key in found if key != "loss"]
+        logs = model.fit(x, {"digit": y, "large": y > 4}, verbose=0).history
+        assert sorted(k for k in logs if "loss" not in k and "acc" not in k) == (
+            sorted(ours)
+        )
+        for key in ours:
+            assert float(found[key].result()) == pytest.approx(logs[key][0], abs=1e-6)
+
+    def test_keys_of_one_output(self, digits):
+        model = self.compiled()
+        model.compile("sgd", model.loss, metrics={"head": [it(), it()]})
+        ours = [key for key in _keras.metrics(model) if key != "loss"]
+        assert ours == ["it", "it_1"]
+        assert set(ours) <= set(model.fit(*digits, verbose=0).history)
 
     def test_only_validated_epochs_are_read(self, digits):
         callback = keras_milr.MutualInformationLR(

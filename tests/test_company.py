@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import pickle
 
 import keras
 import numpy as np
@@ -330,6 +331,19 @@ def test_one_callback_in_several_trainings(data):
     fit([once], data, epochs=1)
     with pytest.raises(ValueError, match="`probe_data` is empty"):
         fit([ours(batches)], data, epochs=1)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_pickled(data, fitted):
+    """As Keras' own callbacks: for `n_jobs` of scikit-learn, and other processes."""
+    callback = ours(data)
+    if fitted:
+        fit([callback], data, epochs=2)
+    sent = pickle.loads(pickle.dumps(callback))
+    assert sent.history == callback.history
+    fit([callback], data, make_model(), epochs=2)
+    fit([sent], data, make_model(), epochs=2)
+    assert sent.history == callback.history
 
 
 @company("Company", "Keras Tuner")
