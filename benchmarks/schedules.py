@@ -10,8 +10,8 @@ Ways that need a rate are run from each rate of a grid, half a decade apart: `co
 Their best rate is chosen by the mean score over the seeds **on the test data**, which
 flatters them. Ways without tuning: Keras' optimizers at their default rates, constant
 (`Adam`, `RMSprop`, `Lamb`, `ScheduleFreeAdamW`) or with `ReduceLROnPlateau`, and ours
-(workloads of few epochs or steps, other optimizers and networks are run in a few of
-these ways only):
+(workloads with noise, of few epochs or steps, other optimizers and networks are run in
+a few of these ways only):
 
 - `auto`: `MutualInformationLR(learning_rate="auto")`, the default policy, `decay`; with
   the other policies (`auto, reference`); and with a rate for each layer
@@ -292,7 +292,8 @@ def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
     if half in IN_FEW_WAYS:
-        metric = ["metric"] if half in ("few epochs", "few steps") else []
+        by_metric = half in ("noise", "few epochs", "few steps")
+        metric = ["metric"] if by_metric else []
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),

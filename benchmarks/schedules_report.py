@@ -1,7 +1,7 @@
 """Tables and figures of what `schedules.py` has found.
 
-For each half of the workloads, those with labels that are no classes, those of few
-epochs or steps, and those with other optimizers or networks: the score of every way
+For each half of the workloads, those with labels that are no classes, with noise, of
+few epochs or steps, and with other optimizers or networks: the score of every way
 against the tuned cosine, in points, paired by seed (mean, standard error, median and
 worst workload, and the worst training of all); its mean rank among the ways that were
 given no tuning and were run on all; its cost, tuning included, as a share of that of

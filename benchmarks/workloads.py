@@ -3,11 +3,11 @@
 Whatever is chosen, a policy, a constant, is chosen on those for tuning and for further
 tuning; the latter are noisy and small, which the former do not show. The others are run
 once everything is frozen; two of these, a group of their own, have labels that are no
-classes, in another group digits are trained by other optimizers, and one is of other
-networks: attention, recurrence, separable convolutions, dropout, sigmoids. Sets are cut
-to 10,000 samples and the trainings to few epochs, so that hundreds of them fit into
-hours. The order of samples, and what is cut, never changes: seeds change initial
-weights and batches.
+classes, six have noisy ones, in another group digits are trained by other optimizers,
+and one is of other networks: attention, recurrence, separable convolutions, dropout,
+sigmoids. Sets are cut to 10,000 samples and the trainings to few epochs, so that
+hundreds of them fit into hours. The order of samples, and what is cut, never changes:
+seeds change initial weights and batches.
 
 MNIST, Fashion-MNIST and CIFAR-10 come from `keras.datasets`, digits from scikit-learn;
 the others from a folder of UCI sets (`--uci`, or the environment variable
@@ -76,7 +76,10 @@ REGRESSION = Task("mse", None, lambda y: 1, _r2)
 
 
 # What is run only by the cosine, a constant rate, and the chief of ours.
-IN_FEW_WAYS = ("few epochs", "few steps", "other networks", "other optimizers")
+IN_FEW_WAYS = (
+    *("noise", "few epochs", "few steps"),
+    *("other networks", "other optimizers"),
+)
 
 
 class Workload(NamedTuple):
@@ -427,6 +430,24 @@ WORKLOADS = {
     ),
     "housing": Workload(
         *("other labels", _housing, _mlp, "sgd", 64, 10, 0.70, REGRESSION)
+    ),
+    "optdigits, 30 % noise": Workload(
+        *("noise", _noisy(_optdigits, 0.3, 10), _mlp, "Adam", 64, 10, 0.90)
+    ),
+    "digits, 30 % noise": Workload(
+        *("noise", _noisy(_digits, 0.3, 10), _mlp, "sgd", 32, 20, 0.90)
+    ),
+    "fashion, 40 % noise": Workload(
+        *("noise", _noisy(_fashion, 0.4, 10), _mlp, "Adam", 64, 6, 0.80)
+    ),
+    "MNIST, MLP, 20 % noise": Workload(
+        *("noise", _noisy(_mnist, 0.2, 10), _mlp, "sgd", 64, 8, 0.90)
+    ),
+    "pendigits, 20 % noise": Workload(
+        *("noise", _noisy(_pendigits, 0.2, 10), _mlp, "sgd", 64, 8, 0.90)
+    ),
+    "fashion, CNN, 20 % noise": Workload(
+        *("noise", _noisy(_fashion, 0.2, 10), _cnn, "sgd", 64, 6, 0.80)
     ),
     "fashion 60,000, 1 epoch": Workload(
         *("few epochs", lambda uci: _images("fashion_mnist", 60_000)),
