@@ -292,8 +292,7 @@ def ways(name):
     """All ways to train a workload: (way, rate or None)."""
     half = WORKLOADS[name].half
     if half in IN_FEW_WAYS:
-        by_metric = half in ("noise", "few epochs", "few steps")
-        metric = ["metric"] if by_metric else []
+        metric = [] if half.startswith("other") else ["metric"]
         return [
             *(("cosine", rate) for rate in grid(name)),
             ("constant", default_rate(name)),

@@ -77,8 +77,11 @@ REGRESSION = Task("mse", None, lambda y: 1, _r2)
 
 # What is run only by the cosine, a constant rate, and the chief of ours.
 IN_FEW_WAYS = (
-    *("noise", "few epochs", "few steps"),
-    *("other networks", "other optimizers"),
+    "noise",
+    "few epochs",
+    "few steps",
+    "other networks",
+    "other optimizers",
 )
 
 

@@ -62,7 +62,7 @@ class State:
 
     def __getstate__(self):
         # For another process. What rides with a model's weights is Keras' to save.
-        return {name: vars(self)[name] for name in vars(self) if name != "_rider"}
+        return {name: one for name, one in vars(self).items() if name != "_rider"}
 
     def __setstate__(self, state):
         vars(self).update(state)
