@@ -13,11 +13,11 @@ how `fit` compiles and runs its steps.
 The speed of a shared machine changes from second to second. So the `fit`s of a round,
 each in a process of its own, take turns, a few batches each, and each is timed in its
 turns only: a disturbance hits all alike. On a GPU a turn should be an epoch, by
-`--turn 0`. Even so a machine may stall for longer than an epoch takes, and a stall only
-ever adds. So the time of an epoch is put together
-turn by turn, from the fastest of each turn over the rounds (and, after the first
-epoch, which compiles, over the epochs). The quartiles are those of the same sums over
-1,000 bootstrap samples of the rounds and epochs.
+`--turn 0`. What is compared is an epoch of a round with the same one without readings,
+whose turns were next to its own: the median of these ratios counts, and their
+quartiles. A process is a percent or two faster than another of the same code for as
+long as it lives: the fastest turns of all rounds, say, tell that of the luckiest
+process. Rounds tell more than epochs.
 
 Prints tables and writes JSON with every turn: ratios of time; seconds from the start of
 `fit` until the first reading is done, before the first batch; and the memory that the
@@ -283,39 +283,25 @@ def run_round(setting, order, arguments):
             process.kill()
 
 
-def compare(rounds, seed=0):
+def compare(rounds):
     """Ratios to `fit` without: lower quartile, median, upper quartile."""
-    # Shape (rounds, epochs, turns). The same resampling for all variants.
-    turns = {name: np.array([r[name]["turns"] for r in rounds]) for name in rounds[0]}
-    count, epochs, _ = turns["without"].shape
-    rng = np.random.default_rng(seed)
-
-    def times(choose):
-        first = choose(count)
-        later = choose(count * (epochs - 1))
-        found = {}
-        for name, seconds in turns.items():
-            once = np.min(seconds[first, 0], axis=0).sum()
-            rest = seconds[:, 1:].reshape(-1, seconds.shape[2])[later]
-            again = np.min(rest, axis=0).sum() if epochs > 1 else 0.0
-            found[name] = {
-                "first epoch": once,
-                "later epochs": again,
-                "whole fit": once + (epochs - 1) * again,
-            }
-        return found
-
-    measured = times(np.arange)
-    resampled = [times(lambda n: rng.integers(0, max(n, 1), n)) for _ in range(1000)]
+    # Seconds of each epoch, shape (rounds, epochs).
+    seconds = {
+        name: np.array([[sum(epoch) for epoch in r[name]["turns"]] for r in rounds])
+        for name in rounds[0]
+    }
+    base = seconds.pop("without")
     table = {}
-    for name in turns.keys() - {"without"}:
-        for part in ("whole fit", "first epoch", "later epochs"):
-            if measured["without"][part] == 0:
-                continue
-            spread = [t[name][part] / t["without"][part] for t in resampled]
-            low, high = np.quantile(spread, [0.25, 0.75])
-            ratio = measured[name][part] / measured["without"][part]
-            table[f"{name}, {part}"] = [float(v) for v in (low, ratio, high)]
+    for name, taken in seconds.items():
+        ratios = {
+            "whole fit": taken.sum(axis=1) / base.sum(axis=1),
+            "first epoch": taken[:, 0] / base[:, 0],
+            "later epochs": (taken / base)[:, 1:].ravel(),
+        }
+        for part, values in ratios.items():
+            if values.size:
+                quartiles = np.quantile(values, [0.25, 0.5, 0.75])
+                table[f"{name}, {part}"] = [float(v) for v in quartiles]
     return table
 
 
@@ -337,6 +323,13 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    every = {name for _, variants in SETTINGS.values() for name in variants}
+    parser.add_argument(
+        *("--variants",),
+        nargs="+",
+        choices=sorted(every),
+        help="beside `without`; all that a setting has where none is named",
+    )
     parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--samples", type=int, default=60_000)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -368,6 +361,8 @@ def main():
     for i in range(arguments.rounds):
         for setting, done in rounds.items():
             names = ["without", *SETTINGS[setting][1]]
+            if arguments.variants:
+                names = [n for n in names if n in ("without", *arguments.variants)]
             order = np.random.default_rng(i).permutation(names).tolist()
             done.append(run_round(setting, order, arguments))
             bar.add(1)

@@ -166,12 +166,12 @@ class MutualInformation(_keras.IncreasingMetric):
         else:
             predicted = readouts.predicted_class(y_pred, self.from_logits)
             batch = information.counted(predicted, ids, classes + 1, classes, weight)
-        before = ops.convert_to_tensor(self.counts)  # Read once.
+        # Kahan's sum. TensorFlow reads a variable at each use, a tensor once.
+        before = ops.cast(self.counts, "float32")
+        batch = batch + self._rest
         counts = before + batch
-        rest = self._rest.value + (batch - (counts - before))
-        total = counts + rest
-        self._rest.assign(rest - (total - counts))
-        self.counts.assign(total)
+        self._rest.assign(batch - (counts - before))
+        self.counts.assign(counts)
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats."""
@@ -179,7 +179,7 @@ class MutualInformation(_keras.IncreasingMetric):
         if self.counts is None:
             return ops.zeros((), self.dtype)
         # The rest is less than they are rounded by.
-        counts = ops.convert_to_tensor(self.counts)
+        counts = ops.cast(self.counts, "float32")
         nats = information.plug_in(counts)
         if self.targets == "multi_label":
             occur = ops.all(ops.sum(counts, axis=1) > 0, axis=-1)
