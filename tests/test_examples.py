@@ -1,13 +1,18 @@
 """The scripts run as a user runs them, in a small setting."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import keras
 import numpy as np
@@ -23,7 +28,35 @@ import keras_milr
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script, *arguments, **environment):
+class Done(NamedTuple):
+    """How a script has ended, as of `subprocess.run`."""
+
+    returncode: int | str | None
+    stdout: str
+    stderr: str
+
+
+def run(script, *arguments):
+    """A script run in this process, since to import TensorFlow takes longest."""
+    path, said, complained, code = ROOT / script, io.StringIO(), io.StringIO(), 0
+    keras.backend.clear_session()
+    with (
+        mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]),
+        mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(complained),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return Done(code or 0, said.getvalue(), complained.getvalue())
+
+
+def run_apart(script, *arguments, **environment):
+    """The same in a process of its own."""
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         capture_output=True,
@@ -34,26 +67,18 @@ def run(script, *arguments, **environment):
     )
 
 
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """Function of a script and arguments: what it says before it ends, at once.
-
-    In this process, since to import TensorFlow takes longest.
-    """
-
-    def said(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        assert ended.value.code not in (0, None)
-        return f"{capsys.readouterr().err}{ended.value.code}"
-
-    return said
+def refusal(script, *arguments):
+    """What it says before it ends, at once."""
+    done = run(script, *arguments)
+    assert done.returncode != 0
+    return f"{done.stderr}{done.returncode}"
 
 
 def test_quickstart(tmp_path):
     figure = tmp_path / "figures" / "digits.png"
-    done = run("examples/quickstart.py", "--epochs=6", "--seeds=2", "--output", figure)
+    done = run_apart(
+        "examples/quickstart.py", "--epochs=6", "--seeds=2", "--output", figure
+    )
     assert done.returncode == 0, done.stderr
     assert figure.stat().st_size > 10_000
     rows = re.findall(r"^(.{18}) +(0\.\d+) ±(0\.\d+)", done.stdout, re.MULTILINE)
@@ -67,7 +92,7 @@ def test_quickstart(tmp_path):
 
 def test_quickstart_without_a_download(tmp_path):
     """Where MNIST cannot be had it says so, and shows digits."""
-    done = run(
+    done = run_apart(
         "examples/quickstart.py",
         "--dataset=mnist",
         "--epochs=1",
@@ -148,14 +173,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def retrain(folder, tmp_path, *arguments, **environment):
-    done = run(
-        RETRAIN,
-        f"--image_dir={folder}",
-        f"--output={tmp_path / 'retrain.png'}",
-        *arguments,
-        **environment,
-    )
+def retrain(folder, tmp_path, *arguments):
+    output = f"--output={tmp_path / 'retrain.png'}"
+    done = run(RETRAIN, f"--image_dir={folder}", output, *arguments)
     assert done.returncode == 0, done.stderr
     assert "2 classes: nought, one" in done.stdout
     assert (tmp_path / "retrain.png").stat().st_size > 10_000
@@ -208,7 +228,7 @@ def test_retraining_without_keras_hub(tmp_path):
     (tmp_path / "keras_hub.py").write_text("raise ImportError('not there')")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     options = ("--handle=resnet_18_imagenet", "--dataset=digits")
-    done = run(RETRAIN, *options, PYTHONPATH=paths)
+    done = run_apart(RETRAIN, *options, PYTHONPATH=paths)
     assert done.returncode == 1
     assert "pip install keras-hub. (not there)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -246,7 +266,7 @@ def test_texts(tmp_path):
     assert model.predict(strings, verbose=0).shape == (2, 2)
 
 
-def test_texts_in_a_folder(tmp_path, refusal):
+def test_texts_in_a_folder(tmp_path):
     """Of any kind; five of each class are needed, and it says so."""
     for name, number in (("a", 6), ("b", 4)):
         (tmp_path / name).mkdir()
@@ -257,11 +277,12 @@ def test_texts_in_a_folder(tmp_path, refusal):
     assert "['b']" in said
 
 
-def test_texts_without_a_file(tmp_path):
+def test_texts_without_a_file(tmp_path, monkeypatch):
     """Without the UCI set it takes docstrings, the same on any machine."""
+    monkeypatch.setenv("KERAS_MILR_UCI", str(tmp_path))
     output = f"--output={tmp_path / 'text.png'}"
     options = ("--epochs=1", "--seeds=1", "--batch-size=512", output)
-    done = run(TEXT, *options, KERAS_MILR_UCI=str(tmp_path))
+    done = run(TEXT, *options)
     assert done.returncode == 0, done.stderr
     (number,) = re.findall(r"^docstrings: (\d+) texts", done.stdout, re.MULTILINE)
     assert int(number) > 3000
@@ -327,7 +348,7 @@ def test_policy(tmp_path):
 def test_train_step(backend, tmp_path):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    done = run(
+    done = run_apart(
         "examples/custom_train_step.py",
         *("--epochs=3", f"--output={tmp_path / 'step.png'}"),
         KERAS_BACKEND=backend,
@@ -352,7 +373,7 @@ def test_train_step(backend, tmp_path):
         ("examples/custom_train_step.py", ["--learning-rate=high"], "invalid rate"),
     ],
 )
-def test_wrong_flags(script, arguments, message, refusal, monkeypatch):
+def test_wrong_flags(script, arguments, message, monkeypatch):
     monkeypatch.setenv("KERAS_MILR_UCI", "/none")
     assert message in refusal(script, *arguments)
 
@@ -372,7 +393,7 @@ def test_optimizer_step_benchmark(tmp_path):
 
 def test_overhead_benchmark(tmp_path):
     output = tmp_path / "overhead.json"
-    done = run(
+    done = run_apart(
         "benchmarks/overhead.py",
         *("--settings", "5 layers", "--dataset", "digits", "--samples", 600),
         *("--probe-size", 100, "--epochs", 2, "--rounds", 1, "--turn", 2),
@@ -421,15 +442,19 @@ def test_comparison_of_benchmarks(tmp_path):
 
 def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
     output = tmp_path / "schedules.jsonl"
-    command = ("benchmarks/schedules.py", "--workloads=digits", "--processes=1")
-    for ways in ("Adam",), ("Adam", "auto by accuracy"):
-        done = run(*command, "--ways", *ways, "--seeds=0", f"--output={output}")
-        assert done.returncode == 0, done.stderr
-        results = [json.loads(line) for line in output.read_text().splitlines()]
-        assert tuple(result["way"] for result in results) == ways
-    for result in results:
-        assert len(result["scores"]) == len(result["seconds"]) == 20
-        assert result["scores"][-1] > 0.9
+    done_before = {"workload": "digits", "way": "Adam", "rate": None, "seed": 0}
+    output.write_text(json.dumps(done_before) + "\n")
+    done = run_apart(
+        *("benchmarks/schedules.py", "--workloads=digits", "--processes=1"),
+        *("--ways", "Adam", "auto by accuracy", "--seeds=0", f"--output={output}"),
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert results[0] == done_before
+    (added,) = results[1:]
+    assert (added["way"], added["seed"]) == ("auto by accuracy", 0)
+    assert len(added["scores"]) == len(added["seconds"]) == 20
+    assert added["scores"][-1] > 0.9
 
 
 def test_spectral_rates(monkeypatch):
