@@ -47,7 +47,7 @@ def run(script, *arguments):
         contextlib.redirect_stderr(complained),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")  # They are for a user to read.
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
