@@ -43,8 +43,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The figures on speed that the README quotes: more than an hour, and nothing else
-# should run beside it.
+# The benchmarks of speed, of which the README says how its figures were run: more than
+# an hour, and nothing else should run beside it.
 bench: $(READY)
 	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/counting.py

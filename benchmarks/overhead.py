@@ -284,7 +284,10 @@ def run_round(setting, order, arguments):
 
 
 def compare(rounds):
-    """Ratios to `fit` without: lower quartile, median, upper quartile."""
+    """Ratios to `fit` without: lower quartile, median, upper quartile.
+
+    Of what was done once there is no spread, and no ratio.
+    """
     # Seconds of each epoch, shape (rounds, epochs).
     seconds = {
         name: np.array([[sum(epoch) for epoch in r[name]["turns"]] for r in rounds])
@@ -299,7 +302,7 @@ def compare(rounds):
             "later epochs": (taken / base)[:, 1:].ravel(),
         }
         for part, values in ratios.items():
-            if values.size:
+            if values.size > 1:
                 quartiles = np.quantile(values, [0.25, 0.5, 0.75])
                 table[f"{name}, {part}"] = [float(v) for v in quartiles]
     return table
@@ -328,7 +331,8 @@ def main():
         *("--variants",),
         nargs="+",
         choices=sorted(every),
-        help="beside `without`; all that a setting has where none is named",
+        default=sorted(every),
+        help="kinds of reading, of those that a setting has",
     )
     parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--samples", type=int, default=60_000)
@@ -347,6 +351,12 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=Path("results/overhead.json"))
     arguments = parser.parse_args()
+    for setting in arguments.settings:
+        if not set(SETTINGS[setting][1]) & {*arguments.variants}:
+            parser.error(
+                f"--settings {setting!r} has the variants {SETTINGS[setting][1]}. "
+                f"Received: --variants {arguments.variants}"
+            )
     if arguments.quick:
         vars(arguments).update(settings=["cnn"], dataset="digits", batch_size=32)
         vars(arguments).update(turn=10, rounds=1)
@@ -360,9 +370,8 @@ def main():
     bar = keras.utils.Progbar(arguments.rounds * len(rounds), unit_name="round")
     for i in range(arguments.rounds):
         for setting, done in rounds.items():
-            names = ["without", *SETTINGS[setting][1]]
-            if arguments.variants:
-                names = [n for n in names if n in ("without", *arguments.variants)]
+            chosen = [n for n in SETTINGS[setting][1] if n in arguments.variants]
+            names = ["without", *chosen]
             order = np.random.default_rng(i).permutation(names).tolist()
             done.append(run_round(setting, order, arguments))
             bar.add(1)

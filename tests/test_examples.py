@@ -39,7 +39,7 @@ class Done(NamedTuple):
 def run(script, *arguments):
     """A script run in this process, since to import TensorFlow takes longest."""
     path, said, complained, code = ROOT / script, io.StringIO(), io.StringIO(), 0
-    keras.backend.clear_session()
+    keras.backend.clear_session()  # Names of layers begin anew.
     with (
         mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]),
         mock.patch.object(sys, "path", [str(path.parent), *sys.path]),
@@ -396,13 +396,41 @@ def test_overhead_benchmark(tmp_path):
     done = run_apart(
         "benchmarks/overhead.py",
         *("--settings", "5 layers", "--dataset", "digits", "--samples", 600),
-        *("--probe-size", 100, "--epochs", 2, "--rounds", 1, "--turn", 2),
+        *("--probe-size", 100, "--epochs", 3, "--rounds", 1, "--turn", 2),
         f"--output={output}",
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert "5 layers: layers, later epochs" in found["ratios"]
     assert 0.0 < found["first_reading_seconds"]["5 layers: layers"] < 60.0
+
+
+def test_overhead_is_of_epochs_beside_each_other(monkeypatch):
+    """Machines that slow down from epoch to epoch, and from round to round."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import overhead
+
+    def spent(*epochs):
+        return {"turns": [[epoch / 4, 3 * epoch / 4] for epoch in epochs]}
+
+    rounds = [
+        {"without": spent(4, 10, 20), "probe": spent(6, 11, 24)},
+        {"without": spent(40, 100, 200), "probe": spent(80, 130, 280)},
+    ]
+    later = np.quantile([1.1, 1.2, 1.3, 1.4], [0.25, 0.5, 0.75])
+    found = overhead.compare(rounds)
+    assert found["probe, first epoch"] == pytest.approx([1.625, 1.75, 1.875])
+    assert found["probe, later epochs"] == pytest.approx(later)
+    whole = np.quantile([41 / 34, 490 / 340], [0.25, 0.5, 0.75])
+    assert found["probe, whole fit"] == pytest.approx(whole)
+    assert set(overhead.compare(rounds[:1])) == {"probe, later epochs"}
+
+
+def test_overhead_of_what_a_setting_does_not_have():
+    said = refusal(
+        *("benchmarks/overhead.py", "--settings", "5 layers", "--variants", "metric")
+    )
+    assert "'5 layers' has the variants ('layers',). Received: --variants ['m" in said
 
 
 def test_estimators_benchmark(tmp_path):
@@ -446,15 +474,17 @@ def test_schedules_benchmark_goes_on_where_it_was(tmp_path):
     output.write_text(json.dumps(done_before) + "\n")
     done = run_apart(
         *("benchmarks/schedules.py", "--workloads=digits", "--processes=1"),
-        *("--ways", "Adam", "auto by accuracy", "--seeds=0", f"--output={output}"),
+        *("--ways", "Adam", "auto by accuracy", "--seeds", 0, 1),
+        f"--output={output}",
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert results[0] == done_before
-    (added,) = results[1:]
-    assert (added["way"], added["seed"]) == ("auto by accuracy", 0)
-    assert len(added["scores"]) == len(added["seconds"]) == 20
-    assert added["scores"][-1] > 0.9
+    added = [(result["way"], result["seed"]) for result in results[1:]]
+    assert added == [("Adam", 1), ("auto by accuracy", 0), ("auto by accuracy", 1)]
+    for result in results[1:]:
+        assert len(result["scores"]) == len(result["seconds"]) == 20
+        assert result["scores"][-1] > 0.9
 
 
 def test_spectral_rates(monkeypatch):
