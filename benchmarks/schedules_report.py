@@ -1,11 +1,12 @@
 """Tables and figures of what `schedules.py` has found.
 
-For each half of the workloads, those with labels that are no classes, with noise, of
-few epochs or steps, and with other optimizers or networks: the score of every way
-against the tuned cosine, in points, paired by seed (mean, standard error, median and
-worst workload, and the worst training of all); its mean rank among the ways that were
-given no tuning and were run on all; its cost, tuning included, as a share of that of
-the cosine's grid; and how often it failed, which is to end more than 10 points behind.
+For each half of the workloads, those with labels that are no classes, those made last,
+with noise, of few epochs or steps, and with other optimizers or networks: the score of
+every way against the tuned cosine, in points, paired by seed (mean, standard error,
+median and worst workload, and the worst training of all); its mean rank among the ways
+that were given no tuning and were run on all; its cost, tuning included, as a share of
+that of the cosine's grid; and how often it failed, which is to end more than 10 points
+behind.
 Then points by workload. Whatever is missing from the file is left out, and counted.
 
     python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
