@@ -6,8 +6,8 @@ every way against the tuned cosine, in points, paired by seed (mean, standard er
 median and worst workload, and the worst training of all); its mean rank among the ways
 that were given no tuning and were run on all; its cost, tuning included, as a share of
 that of the cosine's grid; and how often it failed, which is to end more than 10 points
-behind.
-Then points by workload. Whatever is missing from the file is left out, and counted.
+behind. Then points by workload. Whatever is missing from the file is left out, and
+counted.
 
     python benchmarks/schedules_report.py benchmarks/results/schedules.jsonl
 """
