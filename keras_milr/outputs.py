@@ -30,7 +30,7 @@ def outputs_of(model, x) -> list[Output]:
     """All outputs of a model for inputs like `x`.
 
     Runs the model on one row, without a trace in its state; a model without weights
-    yet (a subclassed one) is built by it.
+    yet is built before, or (a subclassed one) by it.
 
     Args:
         model: A `keras.Model`.
@@ -47,13 +47,15 @@ def outputs_of(model, x) -> list[Output]:
             f"or be an iterable of such batches, but no list. Received: {len(x)} "
             f"inputs for model {model.name!r}, which has one"
         )
-    first = np.zeros(fixed_batch_size(model) or 1, "int64")
-    row = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
-    with backend.inference(model), keras.StatelessScope():
-        structure = model(row, training=False)
+    arrays = keras.tree.flatten(x)
+    if isinstance(model, keras.Sequential) and not model.built and len(arrays) == 1:
+        # A call would build it for inputs of so many rows.
+        model.build((None, *arrays[0].shape[1:]))
+    rows = fixed_batch_size(model, x) or 1
+    structure = _called(model, x, rows)
     flat = keras.tree.flatten(structure)
     shapes = [tuple(t.shape) for t in flat]
-    if not all(shape[:1] == first.shape for shape in shapes):
+    if not all(shape[:1] == (rows,) for shape in shapes):
         raise ValueError(
             "Measuring mutual information needs a model whose outputs have shape "
             f"(n, ..., units). Received: model {model.name!r} with output shape(s) "
@@ -77,11 +79,34 @@ def outputs_of(model, x) -> list[Output]:
     return [Output(*row) for row in rows]
 
 
-def fixed_batch_size(model) -> int | None:
-    """The batch size that the model's inputs prescribe, if any."""
+def fixed_batch_size(model, x) -> int | None:
+    """The only number of rows that the model takes, if there is one.
+
+    That its inputs name a number does not say so: those of a `Sequential` that was
+    built by a call name that of the call, and it takes any.
+
+    Args:
+        model: A `keras.Model`.
+        x: Array, or structure of arrays, with the batch first.
+    """
     shapes = [tuple(t.shape) for t in keras.tree.flatten(getattr(model, "inputs", []))]
-    fixed = {shape[0] for shape in shapes if shape and shape[0] is not None}
-    return fixed.pop() if fixed else None
+    named = {shape[0] for shape in shapes if shape and shape[0] is not None}
+    if not named:
+        return None
+    size = named.pop()
+    try:
+        outputs = keras.tree.flatten(_called(model, x, size + 1))
+    except Exception:  # Of any kind, by backend and layer.
+        return size
+    return None if all(t.shape[:1] == (size + 1,) for t in outputs) else size
+
+
+def _called(model, x, rows):
+    """The outputs for the first row, so many times, without a trace in the state."""
+    first = np.zeros(rows, "int64")
+    batch = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
+    with backend.inference(model), keras.StatelessScope():
+        return model(batch, training=False)
 
 
 def signature(outputs) -> list:

@@ -42,6 +42,23 @@ def state_of(model):
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]
 
 
+def sizes_of_batches(model, data):
+    """The number of rows of each batch that the probe calls the model on."""
+    sample = sampling.draw_sample(data, model, 500)
+    sizes, of_call = [], type(model).call
+    reading = probe.Probe(model, sample, Predictions())
+
+    def call(self, inputs, *args, **kwargs):
+        sizes.append(inputs.shape[0])
+        return of_call(self, inputs, *args, **kwargs)
+
+    model.compile(model.optimizer, model.loss, run_eagerly=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "call", call)
+        assert reading.measure()[0].value > 0
+    return sizes
+
+
 class TestProbe:
     def test_equals_scikit_learn_on_predict(self, digits):
         """A probe of all data reads what sklearn reads off `model.predict`."""
@@ -148,12 +165,28 @@ class TestProbe:
         assert first.bound_stderr == pytest.approx(third.bound_stderr * more, rel=1e-4)
 
     def test_a_fixed_batch_size_is_kept(self, digits):
-        inputs = keras.Input(batch_shape=(48, 64))
-        outputs = keras.layers.Dense(10, activation="softmax")(inputs)
+        inputs = keras.Input(batch_shape=(48, 8, 8))
+        hidden = keras.layers.GRU(16, stateful=True)(inputs)
+        outputs = keras.layers.Dense(10, activation="softmax")(hidden)
         model = keras.Model(inputs, outputs)
         model.compile("adam", "sparse_categorical_crossentropy")
-        sample = sampling.draw_sample(digits, model, 500)
-        assert probe.Probe(model, sample, Predictions()).measure()[0].value > 0
+        data = digits[0].reshape(-1, 8, 8), digits[1]
+        before = [np.array(v) for v in model.non_trainable_variables]
+        assert sizes_of_batches(model, data) == [48] * 11
+        for variable, value in zip(model.non_trainable_variables, before, strict=True):
+            np.testing.assert_array_equal(variable, value)
+
+    def test_a_batch_size_that_is_only_named_is_not(self, digits):
+        called = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
+        called(digits[0][:1])
+        assert called.inputs[0].shape == (1, 64)
+        not_called = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
+        inputs = keras.Input(batch_shape=(48, 64))
+        named = keras.Model(inputs, keras.layers.Dense(10, "softmax")(inputs))
+        for model in (called, not_called, named):
+            model.compile("adam", "sparse_categorical_crossentropy")
+            assert sizes_of_batches(model, digits) == [250, 250]
+        assert not_called.inputs[0].shape == (None, 64)
 
     def test_several_inputs(self, digits):
         x, y = digits
