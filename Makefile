@@ -12,21 +12,26 @@ SHOWN  := --support=results/support
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test test-backends test-versions support lint format bench bench-quick
+.PHONY: run test test-slow test-backends test-versions support lint format bench bench-quick
 .PHONY: smoke clean
 
 run: $(READY)
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(BESIDE)
-	$(BIN)/python -m pytest -n auto $(SHOWN)/tensorflow.json $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(SHOWN)/tensorflow.json $(ARGS)
+
+# The rest of the tests: examples and benchmarks as a user runs them, kills, several
+# processes, hundreds of absurd inputs.
+test-slow: $(BESIDE)
+	$(BIN)/python -m pytest -n auto -m slow $(SHOWN)/tensorflow-slow.json $(ARGS)
 
 # What depends on the backend, on the two others of Keras.
 test-backends: $(OTHERS)
 	KERAS_BACKEND=jax $(BIN)/python -m pytest -n auto $(SHOWN)/jax.json $(ARGS)
 	KERAS_BACKEND=torch $(BIN)/python -m pytest -n auto $(SHOWN)/torch.json $(ARGS)
 
-# docs/support.md, of what passed in `make test test-backends`; ARGS=--check compares.
+# docs/support.md, of what passed in all of these; ARGS=--check compares.
 support: $(READY)
 	$(BIN)/python -m tests.support results/support/*.json $(ARGS)
 

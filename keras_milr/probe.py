@@ -70,7 +70,8 @@ class Probe:
             order = np.random.default_rng(0).permutation(len(sample.class_ids))
             self._places = np.argsort(order)
             sample = sample.of(order)
-        self._batches = _equal_batches(sample, outputs.fixed_batch_size(model, sample.x))
+        fixed = outputs.fixed_batch_size(model, sample.x)
+        self._batches = _equal_batches(sample, fixed)
         self._groups = list(groups)
         rng, rows = np.random.default_rng(0), len(self._batches[0][1][0])
         places = [math.prod(one.target.positions) for one in self._labels]

@@ -87,6 +87,7 @@ def pytest_configure(config):
         "backends(*names, reason): a test for these backends of Keras only",
         "supports(section, *rows): shows these rows of the support table",
         "refuses(section, *rows, error): shows the error that a user gets there",
+        "slow: takes some ten seconds or more, and is run by `make test-slow`",
     ):
         config.addinivalue_line("markers", line)
     path = config.getoption("--support")

@@ -272,6 +272,7 @@ print(keras.backend.backend(), names.intersection(sys.modules) - keras_needs)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Backends", "no other backend imported")
 def test_no_other_backend_is_imported():
     """Beyond what Keras imports itself, which on PyTorch is JAX where there is one."""

@@ -46,6 +46,7 @@ class SearchedFor(keras_milr.policies.ThresholdDecay):
         return super().__call__(reading._replace(searched=True))
 
 
+@pytest.mark.slow
 def test_it_trains_as_from_the_rate_that_the_range_test_finds(data):
     """Bit for bit: the range test in `fit` leaves no trace in what follows."""
     auto = MutualInformationLR(probe_data=data, learning_rate="auto")

@@ -346,6 +346,7 @@ def test_pickled(data, fitted):
     assert sent.history == callback.history
 
 
+@pytest.mark.slow
 @company("Company", "Keras Tuner")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_keras_tuner(data, tmp_path):
@@ -390,6 +391,7 @@ def test_keras_tuner(data, tmp_path):
     assert other.history == []  # Each trial had a copy.
 
 
+@pytest.mark.slow
 @company("Company", "scikit-learn's grid search")
 def test_grid_search_of_scikit_learn(data):
     x, y = data

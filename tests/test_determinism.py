@@ -79,6 +79,7 @@ for source in ("layers", "metric", "auto"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Backends", "same seeds, same rates")
 @pytest.mark.supports("Company", "BackupAndRestore")
 def test_same_seeds_same_rates():

@@ -73,6 +73,7 @@ def assert_fit(kind, found, expected):
 # ------------------------------------------------- where Keras distributes a training
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow", reason="`tf.distribute` is for TensorFlow's Keras")
 @pytest.mark.supports(SECTION, "tf.distribute.MirroredStrategy")
 def test_two_replicas_as_one_device():
@@ -88,6 +89,7 @@ def test_two_replicas_as_one_device():
     assert result["traces"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.backends("tensorflow", reason="`tf.distribute` is for TensorFlow's Keras")
 @pytest.mark.supports(SECTION, BY_HAND)
 @pytest.mark.refuses(

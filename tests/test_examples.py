@@ -25,6 +25,7 @@ from sklearn.model_selection import train_test_split
 
 import keras_milr
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -86,6 +86,7 @@ def assert_usable(model, callback, data):
     assert "_keras_milr" not in vars(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize(
     ("optimizer", "layers", "update_freq"), [("sgd", None, "epoch"), ("adam", "all", 7)]
@@ -279,6 +280,7 @@ class FullDisk(keras.callbacks.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, hard))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_saving(tmp_path, digits):
     def start(folder, *others):
         keras.utils.set_random_seed(0)

@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as hnp
 import keras_milr
 from keras_milr import information, policies, readouts
 
+pytestmark = pytest.mark.slow
 TIMES = int(os.environ.get("KERAS_MILR_FUZZ", "1"))
 TRIED = collections.defaultdict(collections.Counter)
 

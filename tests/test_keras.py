@@ -106,6 +106,7 @@ def test_the_seed_generator_that_has_another_name(monkeypatch):
         look_up()
 
 
+@pytest.mark.slow
 def test_the_package_is_not_imported_without_it():
     script = (
         "import keras\n"

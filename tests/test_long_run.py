@@ -1,8 +1,11 @@
 """What grows with the number of readings; `tests.long_run` is the long one."""
 
+import pytest
+
 from tests import long_run
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_readings_but_the_history():
     found = long_run.readings(192, layers=4, warm_up=64)
     assert found["readings"] == 1 + 192  # One before the first batch.

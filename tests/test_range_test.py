@@ -188,6 +188,7 @@ def trained_afterwards(make, data, between, before=False):
     return model, history.history, draws + global_draws() + names
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Backends", "range test without a trace")
 @pytest.mark.filterwarnings("ignore:lr_range_test. 3 step:UserWarning")
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def alone(tmp_path_factory):
     return rates
 
 
+@pytest.mark.slow
 @pytest.mark.supports("Backends", "resuming after a kill")
 @pytest.mark.supports("Company", "BackupAndRestore", "ModelCheckpoint")
 @pytest.mark.supports("Training options", "initial_epoch")
@@ -132,6 +133,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["rollback", "layers", "metric", "batches"])
 def test_given_up_at_every_kind_of_moment(setting, alone, tmp_path, monkeypatch):
     """The same without processes, at moments that a clock would hardly meet."""
@@ -253,6 +255,7 @@ class TestBackup:
         )
         assert sum(array.size for name, array in entry.items() if name != "state") <= 2
 
+    @pytest.mark.slow
     def test_while_saved_in_the_middle_of_an_epoch(self, tmp_path):
         """Keras then begins the epoch anew, and so do the readings of it."""
         x, y = killed.digits()

@@ -430,6 +430,7 @@ def test_never_for_a_dominant_class(optimizer, seed):
     assert callback.history[-1]["rollbacks"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_never_for_outputs_that_start_inverted(optimizer):
     """All it says is wrong, with confidence: CE falls from far above H(Y)."""
