@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 import re
-import threading
 import warnings
 
 import keras
@@ -12,13 +11,13 @@ import numpy as np
 from absl import logging
 
 from keras_milr import (
-    _keras,
     backend,
     company,
     policies,
     probe,
     rates,
     readouts,
+    records,
     sampling,
 )
 from keras_milr._arguments import (
@@ -35,14 +34,10 @@ from keras_milr.range_test import LRRange, lr_range_test
 from keras_milr.rollback import MOST, Rollback
 from keras_milr.state import State, resuming
 from keras_milr.targets import check_kind
+from keras_milr.timing import Timing
 
 _LAYER_READOUTS = (readouts.LinearReadout, readouts.UnitHistogram)
-_INFORMATION = readouts.Information._fields
 _FEW_STEPS = 30  # of an epoch
-_NOT_BY_LAYER = ("output", "outputs", "labels", "columns")  # of a record's dicts
-_LEAST_READINGS = 6  # of a training, for a policy that anneals
-_LEAST_PART = 20  # batches from one reading within an epoch to the next
-_GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
 
 
 @keras.saving.register_keras_serializable(package="keras_milr")
@@ -400,10 +395,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._controller = self._rollback = None
         self._overruled = company.Overruled()
         self.lr_range = None
-        self._batches_behind = _keras.batches_behind(self.model)
-        self._batches_at_once = self.model.steps_per_execution
-        self._length = self._planned("steps")  # Of an epoch, in batches.
-        self._glided = None
+        self._timing = Timing(self.model, self.params, self.update_freq)
         if ignored := backend.ignored_distribution():
             warnings.warn(
                 f"MutualInformationLR: {ignored} means nothing to Keras on the backend "
@@ -440,8 +432,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             check_bounds(self._rates.get(), self.min_lr, self.max_lr)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._epoch = epoch
-        self._batch, self._batch_by_thread = 0, {}
+        self._timing.begin_epoch(epoch)
         self._trained = None
         self._failed = False
         if self._table is not None:
@@ -453,54 +444,33 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._resume(epoch)
             else:
                 self._start(epoch)
-        self._parts, self._part = self._parts_of(epoch), 0
+        self._timing.divide(self._early_readings(epoch))
         self._note_state(epoch)
 
     def on_train_batch_begin(self, batch, logs=None):
         # All that is done within an epoch is done here, if it can be: before it calls
         # the hook at the end of a batch, Keras waits for the device.
-        per_epoch = self.update_freq == "epoch"
-        length = self._length if per_epoch else self.update_freq
-        if length is None:
-            return
-        done = min(batch if per_epoch else self._since_reading, length - 1)
-        part = self._parts * done // length
-        if part > self._part:
-            self._part, self._batch = part, batch
-            passed = None if self._divided > 1 else done / length
-            self._update({}, mid_epoch=True, passed=passed)
-            self._note_state(self._epoch)
+        timing = self._timing
+        if timing.is_due_before(batch):
+            self._update({}, mid_epoch=True, passed=timing.passed)
+            self._note_state(timing.epoch)
         if not self._controller.glides:
             return
-        steps = min(_GLIDE_STEPS, -(-length // (self._divided * self._batches_at_once)))
-        # Of the way from one reading to the next.
-        done = self._divided * done % length
-        step = len(self.history), steps * done // length
-        if step != self._glided:
-            self._glided = step
+        share = timing.way(batch, len(self.history))
+        if share is not None:
             model = self.model  # With its state, as in `_measure`.
-            if self._controller.glide((step[1] + 0.5) / steps):
+            if self._controller.glide(share):
                 self._overruled.set(rates.base_rate(model))
 
     def on_train_batch_end(self, batch, logs=None):
-        # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
-        # the end of the epoch.
-        trained = batch + 1 + self._batches_behind
-        trained = min(trained, self._planned("steps") or math.inf)
-        if self.update_freq == "epoch":
-            # In several threads at once; each has its batches in their order.
-            self._batch_by_thread[threading.get_ident()] = trained
-            return
-        self._since_reading += trained - self._batch
-        self._batch = trained
+        due = self._timing.is_due_after(batch)
         self._trained = None
-        if self._since_reading >= self.update_freq:
-            self._since_reading = 0
+        if due:
             # Asked for its model, a callback has it with its state: on JAX that is with
             # the trainer within an epoch, and goes back to it with what is changed.
             self._trained = self._rates_now(self.model)
             self._update(logs, mid_epoch=True)
-            self._note_state(self._epoch)
+            self._note_state(self._timing.epoch)
 
     def on_test_begin(self, logs=None):
         if self._table is not None:
@@ -508,12 +478,11 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {} if logs is None else logs
-        self._batch = max(self._batch_by_thread.values(), default=self._batch)
+        self._timing.end_epoch()
         if self._table is not None:
             self._table.end_epoch(logs)
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
-        self._length = self._planned("steps") or self._batch or None
         shown = None
         if self._probe is not None and self._probe.has_averages:
             shown, _ = self._measured(self.model, by_batch=False, with_layers=False)
@@ -576,9 +545,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         content = {
             "settings": self._settings(),
             "epoch": epoch,
-            "first_epoch": self._first_epoch,
-            "divided": self._divided,
-            "since_reading": self._since_reading,
+            **self._timing.state(),
             "max_lr": self._max_lr,
             "lr_range": self.lr_range and self.lr_range._asdict(),
             "controller": self._controller.state(),
@@ -611,55 +578,32 @@ class MutualInformationLR(keras.callbacks.Callback):
                 f"rate {rates.base_rate(self.model):.4g}."
             )
         if missing:
-            self._epoch, self._batch = epoch - 1, self._planned("steps") or 0
+            timing = self._timing
+            timing.epoch, timing.batch = epoch - 1, timing.steps or 0
             self._update({})
-            self._epoch, self._batch = epoch, 0
+            timing.begin_epoch(epoch)
 
     def _take_up(self, state, arrays):
-        self._since_reading = state["since_reading"]
-        self._first_epoch, self._divided = state["first_epoch"], state["divided"]
-        if self._divided == 0:
-            raise ValueError("epochs in no parts")
-        self.history = self._renamed(state["history"])
+        self._timing.resume(state)
+        names = self._rates.names
+        self.history = state["history"]
+        if names:
+            self.history = records.renamed(self.history, names)
         if state["lr_range"] is not None:
             self.lr_range = LRRange.from_lists(state["lr_range"])
         self._max_lr = state["max_lr"] if self.max_lr is None else self.max_lr
         self._rates.resume(state["rates"])
         self._controller = self._make_controller(state["controller"])
         if self._table is None:
-            self._last = self._last_infos()
+            last = self.history[-1]
+            infos = records.informations(last, names)
+            output = records.informations(last["output"])[0] if names else infos[0]
+            self._last = output, infos
         else:
             self._table.resume(state["table"])
         if self.rollback and state["rollback"] is not None:
             self._rollback = Rollback(self.model)
             self._rollback.resume(state["rollback"], arrays)
-
-    def _renamed(self, history):
-        """The records of a history under the present names of the layers."""
-        names = self._rates.names
-        if not names:
-            return history
-        return [
-            {
-                key: dict(zip(names, value.values(), strict=True))
-                if isinstance(value, dict) and key not in _NOT_BY_LAYER
-                else value
-                for key, value in record.items()
-            }
-            for record in history
-        ]
-
-    def _last_infos(self):
-        """The last reading, as of `_measure`."""
-        record, names = self.history[-1], self._rates.names
-        infos = [
-            readouts.Information(
-                **{f: record[f][n] if names else record[f] for f in _INFORMATION}
-            )
-            for n in names or [None]
-        ]
-        output = readouts.Information(**record["output"]) if names else infos[0]
-        return output, infos
 
     def _make_controller(self, resumed=None):
         return Controller(
@@ -668,7 +612,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self.reference,
             self.min_lr,
             self._max_lr,
-            self._planned_steps(self._first_epoch),
+            self._timing.readings,
             self._noise,
             self.lr_range is not None and self.lr_range.found,
             resumed,
@@ -676,14 +620,17 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _start(self, epoch):
         """Takes the first reading and tries the policy on it."""
-        self._since_reading, self._first_epoch = 0, epoch
-        self._divided = self._division()
+        anneals = getattr(self._policy, "anneals", False)
+        if self._table is not None:
+            anneals = anneals and self._table.is_seen_within_epochs
+        self._timing.start(epoch, anneals)
         max_lr = self.max_lr
         if self._is_auto():
             self._find_rate()
             if max_lr is None:
                 highest = self.lr_range.max_lr
-                if self.lr_range.found and (self._length or _FEW_STEPS) < _FEW_STEPS:
+                few = (self._timing.length or _FEW_STEPS) < _FEW_STEPS
+                if self.lr_range.found and few:
                     # A gain in so few steps does not show that a raise serves more
                     # than the rate that served best in the test.
                     highest = self.lr_range.peak_lr
@@ -716,7 +663,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         x, y, weight = data, None, None
         if isinstance(data, tuple):
             x, y, weight = (*data, None)[:3]
-            steps = self._planned("steps")
+            steps = self._timing.steps
             rows = keras.tree.flatten(x)[0].shape[0]  # Sparse ones have no `len`.
             batch_size = -(-rows // steps) if steps else None
         try:
@@ -744,38 +691,21 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.verbose > 0:
             _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
-    def _division(self):
-        """Into how many parts readings divide each epoch, where there are few."""
-        epochs, length = self._planned("epochs"), self._planned("steps")
-        anneals = getattr(self._policy, "anneals", False)
-        if not anneals or self.update_freq != "epoch" or None in (epochs, length):
-            return 1
-        if self._table is not None and not self._table.is_seen_within_epochs:
-            return 1
-        # With several batches in one execution there are fewer hooks.
-        most = min(length // _LEAST_PART, -(-length // self._batches_at_once))
-        wanted = -(-_LEAST_READINGS // (epochs - self._first_epoch))
-        return max(1, min(wanted, most))
-
-    def _parts_of(self, epoch):
-        """Into how many parts readings divide an epoch; the first often into more.
+    def _early_readings(self, epoch) -> int:
+        """How many readings are wanted within an epoch, as often of the first.
 
         There they find out whether the rate is far too low. Of rare classes little is
         known for long, which makes any rate look too low. One that is too high looks
         the same but for the cross-entropy, which not all labels have.
         """
-        if self._divided > 1:
-            return self._divided
-        early = getattr(self._policy, "early_readings", 0)
         if (
-            epoch != self._first_epoch
-            or self.update_freq != "epoch"
+            epoch != self._timing.first_epoch
             or self._probe is None
             or math.isnan(self._last[0].cross_entropy)
             or sampling.is_skewed(self._sample.labels, self._last[0].entropy)
         ):
-            early = 0
-        return min(early + 1, (self._length or 0) // _LEAST_PART) or 1
+            return 0
+        return getattr(self._policy, "early_readings", 0)
 
     def _is_worse_than_at_the_start(self):
         first = self.history[0]
@@ -826,8 +756,8 @@ class MutualInformationLR(keras.callbacks.Callback):
                 what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
             verb = "lowering" if self._controller.glides else "setting"
             _print(
-                f"\nEpoch {self._epoch + 1}: MutualInformationLR {verb} learning "
-                f"{what}."
+                f"\nEpoch {self._timing.epoch + 1}: MutualInformationLR {verb} "
+                f"learning {what}."
             )
 
     def _roll_back(self, reading, failure):
@@ -839,8 +769,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             self.model.stop_training = True
             what = f"the training stops, since this was roll back {MOST}"
         warnings.warn(
-            f"MutualInformationLR: epoch {self._epoch + 1}, {failure}. Weights and "
-            f"optimizer are back at the last good reading; {what}.",
+            f"MutualInformationLR: epoch {self._timing.epoch + 1}, {failure}. Weights "
+            f"and optimizer are back at the last good reading; {what}.",
             stacklevel=2,
         )
 
@@ -867,7 +797,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         return output, by_layer or [output]
 
     def _noise(self, info) -> float:
-        within = self.update_freq != "epoch" or self._divided > 1
+        within = self.update_freq != "epoch" or self._timing.divided > 1
         if self._table is not None and within:
             return math.sqrt(2) * info.stderr  # Each reading has other samples.
         return info.noise
@@ -885,16 +815,8 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _record(self, reading, infos):
         names = self._rates.names
-
-        def by_name(values):
-            return dict(zip(names, values, strict=True)) if names else values[0]
-
-        record = {"epoch": self._epoch, "batch": self._batch}
-        for name, value in reading._asdict().items():
-            array = isinstance(value, np.ndarray)
-            record[name] = by_name(value.tolist()) if array else value
-        for name in _INFORMATION:
-            record[name] = by_name([getattr(info, name) for info in infos])
+        record = {"epoch": self._timing.epoch, "batch": self._timing.batch}
+        record |= records.record(reading, infos, names)
         if names:
             record["output"] = self._last[0]._asdict()
         if self._probe is not None:
@@ -941,17 +863,6 @@ class MutualInformationLR(keras.callbacks.Callback):
             "pass `readout=keras_milr.readouts.Predictions(from_logits=True)`.",
             stacklevel=2,
         )
-
-    def _planned(self, name):
-        return (self.params or {}).get(name)  # In a loop of one's own there are none.
-
-    def _planned_steps(self, epoch):
-        epochs, batches = self._planned("epochs"), self._planned("steps")
-        if epochs is None or (batches is None and self.update_freq != "epoch"):
-            return None
-        if self.update_freq == "epoch":
-            return (epochs - epoch) * self._divided
-        return (epochs - epoch) * batches // self.update_freq
 
     # ------------------------------------------------------------ serialisation
 

@@ -1,0 +1,147 @@
+"""Where a training is, and when it is to be read."""
+
+import math
+import threading
+
+from keras_milr import _keras
+
+_LEAST_READINGS = 6  # of a training, for a policy that anneals
+_LEAST_PART = 20  # batches from one reading within an epoch to the next
+_GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
+_STATE = ("first_epoch", "divided", "since_reading")
+
+
+class Timing:
+    """Counts the batches of a training, and says before or after which it is read.
+
+    Args:
+        model: A compiled `keras.Model`.
+        params: Those of a callback: `epochs` and `steps`, where they are known.
+        update_freq: `"epoch"`, or a number of batches.
+
+    Attributes:
+        epoch: The present epoch.
+        batch: How many of its batches were trained at the last reading, and at its end.
+        first_epoch: Where the training has begun.
+        divided: Into how many parts readings divide each epoch.
+        since_reading: With a number of batches, how many were trained since a reading.
+        steps: Batches of an epoch, where that is known beforehand, else None.
+        length: The same, or as many as the last epoch had.
+    """
+
+    def __init__(self, model, params, update_freq):
+        params = params or {}  # In a loop of one's own there are none.
+        self._epochs, self.steps = params.get("epochs"), params.get("steps")
+        self._update_freq = update_freq
+        self._per_epoch = update_freq == "epoch"
+        self._batches_behind = _keras.batches_behind(model)
+        self._batches_at_once = model.steps_per_execution
+        self.length = self.steps
+        self._glided = None
+
+    def start(self, epoch: int, anneals: bool):
+        """Begins a training.
+
+        Args:
+            epoch: Its first epoch.
+            anneals: Whether readings shall divide epochs where there are few.
+        """
+        self.first_epoch, self.divided, self.since_reading = epoch, 1, 0
+        if anneals and self._per_epoch and None not in (self._epochs, self.steps):
+            wanted = -(-_LEAST_READINGS // (self._epochs - epoch))
+            hooks = -(-self.steps // self._batches_at_once)
+            self.divided = max(1, min(wanted, self.steps // _LEAST_PART, hooks))
+
+    def state(self) -> dict:
+        """What a resumed training must know."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def resume(self, state: dict):
+        """Goes on from a `state()`, which may be forged."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        if self.divided == 0:
+            raise ValueError("epochs in no parts")
+
+    @property
+    def readings(self) -> int | None:
+        """How many are planned; None where that is not known."""
+        if self._epochs is None or (self.steps is None and not self._per_epoch):
+            return None
+        epochs = self._epochs - self.first_epoch
+        if self._per_epoch:
+            return epochs * self.divided
+        return epochs * self.steps // self._update_freq
+
+    def begin_epoch(self, epoch: int):
+        self.epoch, self.batch, self._batch_by_thread = epoch, 0, {}
+
+    def divide(self, early: int):
+        """Divides the present epoch, once it has begun.
+
+        Args:
+            early: How many readings are wanted within it, where it is not divided
+                anyway.
+        """
+        self._part, self._parts = 0, self.divided
+        if self.divided == 1 and self._per_epoch:
+            self._parts = min(early + 1, (self.length or 0) // _LEAST_PART) or 1
+
+    def is_due_before(self, batch: int) -> bool:
+        """Whether a reading within the epoch is due before this batch is trained."""
+        if not self._per_epoch or self.length is None:
+            return False
+        part = self._parts * min(batch, self.length - 1) // self.length
+        if part <= self._part:
+            return False
+        self._part, self.batch = part, batch
+        return True
+
+    @property
+    def passed(self) -> float | None:
+        """Share of an epoch that has passed, at a reading within the first one.
+
+        None where all epochs are divided.
+        """
+        return None if self.divided > 1 else self.batch / self.length
+
+    def way(self, batch: int, readings: int) -> float | None:
+        """How much of the way to the next reading is behind, before a batch is trained.
+
+        It goes in a few steps. None where there has been no further one.
+
+        Args:
+            batch: That batch.
+            readings: How many readings there were.
+        """
+        length = self.length if self._per_epoch else self._update_freq
+        if length is None:
+            return None
+        done = min(batch if self._per_epoch else self.since_reading, length - 1)
+        done = self.divided * done % length
+        steps = min(_GLIDE_STEPS, -(-length // (self.divided * self._batches_at_once)))
+        step = readings, steps * done // length
+        if step == self._glided:
+            return None
+        self._glided = step
+        return (step[1] + 0.5) / steps
+
+    def is_due_after(self, batch: int) -> bool:
+        """Counts a batch that was trained; whether a reading is due after it."""
+        # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
+        # the end of the epoch.
+        trained = min(batch + 1 + self._batches_behind, self.steps or math.inf)
+        if self._per_epoch:
+            # In several threads at once; each has its batches in their order.
+            self._batch_by_thread[threading.get_ident()] = trained
+            return False
+        self.since_reading += trained - self.batch
+        self.batch = trained
+        if self.since_reading < self._update_freq:
+            return False
+        self.since_reading = 0
+        return True
+
+    def end_epoch(self):
+        self.batch = max(self._batch_by_thread.values(), default=self.batch)
+        self.length = self.steps or self.batch or None
