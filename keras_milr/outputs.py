@@ -47,10 +47,9 @@ def outputs_of(model, x) -> list[Output]:
             f"or be an iterable of such batches, but no list. Received: {len(x)} "
             f"inputs for model {model.name!r}, which has one"
         )
-    arrays = keras.tree.flatten(x)
-    if isinstance(model, keras.Sequential) and not model.built and len(arrays) == 1:
+    if isinstance(model, keras.Sequential) and not model.built and hasattr(x, "shape"):
         # A call would build it for inputs of so many rows.
-        model.build((None, *arrays[0].shape[1:]))
+        model.build((None, *x.shape[1:]))
     rows = fixed_batch_size(model, x) or 1
     structure = _called(model, x, rows)
     flat = keras.tree.flatten(structure)
