@@ -158,8 +158,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             from which a second `fit` starts. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
-            `DataLoader`, generator). Inputs may be sparse arrays of SciPy. The training
-            data are a good choice. Defaults to `None`: use the metric.
+            `DataLoader`, generator), which is gone through once before the first epoch;
+            of a large dataset a part such as `dataset.take(200)` serves. Inputs may be
+            sparse arrays of SciPy. The training data are a good choice. Defaults to
+            `None`: use the metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
