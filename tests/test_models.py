@@ -19,14 +19,14 @@ K = keras.layers
 MODELS = {}
 
 
-def model(*rows, **marks):
+def model(*rows, marks=()):
     """Registers a function of vectors of 64 pixels to a model and its inputs."""
 
     def add(make):
         MODELS[make.__name__] = pytest.param(
             make,
             id=make.__name__,
-            marks=[pytest.mark.supports("Models", row) for row in rows],
+            marks=[*marks, *(pytest.mark.supports("Models", row) for row in rows)],
         )
         return make
 
@@ -171,7 +171,7 @@ def frozen(x):
     return keras.Model(inputs, head(hidden)), x
 
 
-@model("keras.applications", "BatchNormalization")
+@model("keras.applications", "BatchNormalization", marks=[pytest.mark.slow])
 def applications(x):
     made = keras.applications.MobileNet(
         input_shape=(32, 32, 1),
