@@ -19,9 +19,10 @@ quartiles. A process is a percent or two faster than another of the same code fo
 long as it lives: the fastest turns of all rounds, say, tell that of the luckiest
 process. Rounds tell more than epochs.
 
-Prints tables and writes JSON with every turn: ratios of time; seconds from the start of
-`fit` until the first reading is done, before the first batch; and the memory that the
-process holds at the end beyond that of the `fit` without.
+Prints tables and writes JSON with every turn: ratios of time, also of the first turn
+(`start`), in which nearly all is traced and compiled; seconds from the start of `fit`
+until the first reading is done, before the first batch; and the memory that the process
+holds at the end beyond that of the `fit` without.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --settings cnn --epochs 10
@@ -293,10 +294,14 @@ def compare(rounds):
         name: np.array([[sum(epoch) for epoch in r[name]["turns"]] for r in rounds])
         for name in rounds[0]
     }
+    starts = {
+        name: np.array([r[name]["turns"][0][0] for r in rounds]) for name in seconds
+    }
     base = seconds.pop("without")
     table = {}
     for name, taken in seconds.items():
         ratios = {
+            "start": starts[name] / starts["without"],
             "whole fit": taken.sum(axis=1) / base.sum(axis=1),
             "first epoch": taken[:, 0] / base[:, 0],
             "later epochs": (taken / base)[:, 1:].ravel(),

@@ -418,8 +418,10 @@ def test_overhead_is_of_epochs_beside_each_other(monkeypatch):
         {"without": spent(4, 10, 20), "probe": spent(6, 11, 24)},
         {"without": spent(40, 100, 200), "probe": spent(80, 130, 280)},
     ]
+    rounds[0]["probe"]["turns"][0] = [3, 3]
     later = np.quantile([1.1, 1.2, 1.3, 1.4], [0.25, 0.5, 0.75])
     found = overhead.compare(rounds)
+    assert found["probe, start"] == pytest.approx([2.25, 2.5, 2.75])
     assert found["probe, first epoch"] == pytest.approx([1.625, 1.75, 1.875])
     assert found["probe, later epochs"] == pytest.approx(later)
     whole = np.quantile([41 / 34, 490 / 340], [0.25, 0.5, 0.75])
