@@ -158,10 +158,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             from which a second `fit` starts. Defaults to `"decay"`.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
-            `DataLoader`, generator), which is gone through once before the first epoch;
-            of a large dataset a part such as `dataset.take(200)` serves. Inputs may be
-            sparse arrays of SciPy. The training data are a good choice. Defaults to
-            `None`: use the metric.
+            `DataLoader`, generator), which is gone through once before the first epoch,
+            with `learning_rate="auto"` twice; of a large dataset a part such as
+            `dataset.take(200)` serves. Inputs may be sparse arrays of SciPy. The
+            training data are a good choice, with their class weights, if there are any,
+            as sample weights. Defaults to `None`: use the metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
@@ -375,7 +376,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._policy = policies.get(policy)
         early = getattr(self._policy, "early_readings", 0)
         check_integer("policy.early_readings", early, at_least=0)
-        self._sample = None
+        self._sample = self._drawn = None
         # What is measured: one of the two while `fit` runs.
         self._probe = None
         self._table = None
@@ -604,8 +605,12 @@ class MutualInformationLR(keras.callbacks.Callback):
         else:
             self._table.resume(state["table"])
         if self.rollback and state["rollback"] is not None:
-            self._rollback = Rollback(self.model)
+            self._rollback = self._make_rollback()
             self._rollback.resume(state["rollback"], arrays)
+
+    def _make_rollback(self):
+        labels = () if self._probe is None else self._sample.labels
+        return Rollback(self.model, sampling.even_entropy(labels) if labels else 0.0)
 
     def _make_controller(self, resumed=None):
         return Controller(
@@ -654,7 +659,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         # A model without weights yet, which only the metric can read, is kept from its
         # first reading on.
         if self.rollback and self.model.built:
-            self._rollback = Rollback(self.model)
+            self._rollback = self._make_rollback()
             self._rollback.keep(self._output(infos), infos)
 
     def _is_auto(self):
@@ -732,7 +737,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             return  # The rate is not too low; a whole epoch will show what it does.
         if self.rollback:
             if self._rollback is None:
-                self._rollback = Rollback(self.model)
+                self._rollback = self._make_rollback()
             loss = float((logs or {}).get("loss", 0.0))
             if self._failed and not math.isfinite(loss):
                 # The mean over an epoch with batches that were rolled back.
@@ -828,15 +833,13 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _draw_sample(self):
         """The sample, kept from one `fit` to the next."""
         model, sample = self.model, self._sample
-        if sample is None or sample.signature != signature(outputs_of(model, sample.x)):
-            self._sample = sample = sampling.draw_sample(
-                self.probe_data,
-                model,
-                self.probe_size,
-                self.seed,
-                self.output,
-                self.targets,
-            )
+        chosen = self.probe_size, self.seed, self.output, self.targets
+        kept = sample is not None and self._drawn == (id(self.probe_data), chosen)
+        if kept:
+            kept = sample.signature == signature(outputs_of(model, sample.x))
+        if not kept:
+            sample = sampling.draw_sample(self.probe_data, model, *chosen)
+            self._sample, self._drawn = sample, (id(self.probe_data), chosen)
             for note in sample.notes:
                 warnings.warn(f"MutualInformationLR: {note}", stacklevel=2)
         return sample

@@ -111,7 +111,12 @@ def _called(model, x, rows):
 def signature(outputs) -> list:
     """What the reading of a model's outputs depends on, to see whether it changed."""
     return [
-        (o.name, o.values.shape, targets.loss_family(o.loss), o.weight) for o in outputs
+        (
+            *(o.name, o.values.shape, o.weight, targets.loss_family(o.loss)),
+            targets.from_logits(o.loss, o.values.shape[-1]),
+            getattr(o.loss, "ignore_class", None),
+        )
+        for o in outputs
     ]
 
 

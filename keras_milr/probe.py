@@ -13,6 +13,7 @@ from keras_milr.readouts import Columns, Information, Predictions, mean
 from keras_milr.readouts.predictions import scaled, tally
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
+_INPUTS, _OUTPUTS = 2**22, 2**26  # numbers of a batch at most, but for a single row
 
 
 def output_readout(target, readout=None):
@@ -334,11 +335,7 @@ def _equal_batches(sample, size=None):
     """
     n = len(sample.class_ids)
     if size is None:
-        numbers = max(
-            math.prod(one.target.positions) * one.target.units for one in sample.labels
-        )
-        # Sums in float32 are exact for that many, and memory is bounded.
-        most = min(BATCH_SIZE, max(1, 2**24 // numbers))
+        most = max(1, min(BATCH_SIZE, *_mosts(sample)))
         size = math.ceil(n / math.ceil(n / most))
         size += -size % backend.shards()
     batches = []
@@ -352,6 +349,18 @@ def _equal_batches(sample, size=None):
         )
         batches.append(keras.tree.map_structure(backend.split, batch))
     return batches
+
+
+def _mosts(sample):
+    """How many rows a batch may have, by what counts and memory have to hold."""
+    inputs = keras.tree.flatten(sample.x)
+    # Activations take a multiple of the inputs, some hundred MB then.
+    yield _INPUTS // sum(math.prod(a.shape[1:]) for a in inputs)
+    for one in sample.labels:
+        positions = math.prod(one.target.positions)
+        yield _OUTPUTS // (positions * one.target.units)
+        # Sums in float32 are exact for that many.
+        yield 2**24 // (positions * (one.target.units if one.target.by_unit else 1))
 
 
 def _weights_of(labels, rows, inside):

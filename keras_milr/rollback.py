@@ -25,10 +25,12 @@ class Rollback:
 
     Args:
         model: A compiled, built `keras.Model`.
+        even: What H(Y) would be if all classes had equal shares, in nats, where it is
+            known; see `collapse`. Defaults to `0.0`.
     """
 
-    def __init__(self, model):
-        self._model = model
+    def __init__(self, model, even: float = 0.0):
+        self._model, self._even = model, even
         self._first = self._best = None  # `Information` at the output.
         self._start = self._good = (
             None  # What was read, and the weights it was read of.
@@ -57,7 +59,7 @@ class Rollback:
         # A model that had no weights at the start has no best reading yet.
         compared = self._best is not None
         if compared and failure is None:
-            failure = collapse(output, self._best, self._first)
+            failure = collapse(output, self._best, self._first, self._even)
         if compared and failure is None and raised:
             failure = fell(output, self._best)
             self._undo = failure is not None
@@ -227,20 +229,23 @@ def _replaced(present, arrays, name):
     return values
 
 
-def collapse(now, best, first) -> str | None:
+def collapse(now, best, first, even: float = 0.0) -> str | None:
     """Why a training has collapsed, judged by readings of its output; else None.
 
     The yardstick is a predictor that says the same of every sample, whose cross-entropy
     is H(Y) at best. To have less information than before is no collapse: a network
     that was wrong about every sample unlearns that first, and one with a dominant class
-    predicts nothing else for long.
+    predicts nothing else for long. Where class weights or another sampling than the
+    probe's train for other shares of the classes, its cross-entropy on the probe rises
+    above H(Y), up to that of the guess that all classes are equal, while it learns.
 
     Args:
         now: `Information` of the present reading.
         best: That of the reading with the most information so far.
         first: That of the reading before training.
+        even: H(Y) of classes of equal shares, in nats, where it is known.
     """
-    nats = now.entropy
+    nats, unlearned = now.entropy, max(now.entropy, even)
     if now.variation <= _SAME < first.variation:
         return "the output does not depend on the input any more"
     if now.repeated > 0.5 and first.repeated < 0.1 and now.accessible < _LITTLE * nats:
@@ -251,18 +256,22 @@ def collapse(now, best, first) -> str | None:
     if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
         return None  # Not probabilities: what is lost cannot be told.
     margin = _margin(now, _NEGLIGIBLE)
-    guess = f"the same guess for every sample, {nats:.4g} nats"
+    guess = "the same guess for every sample, {:.4g} nats"
     rose = (
         f"the cross-entropy rose from {{:.4g}} to {now.cross_entropy:.4g} nats, above"
     )
     lost = now.accessible < 0.5 * best.accessible - margin
     if lost and now.cross_entropy >= max(0.99 * nats, best.cross_entropy):
-        return f"the information was lost: {rose.format(best.cross_entropy)} {guess}"
+        rose, guess = rose.format(best.cross_entropy), guess.format(nats)
+        return f"the information was lost: {rose} {guess}"
     learned = now.accessible > first.accessible + margin
-    worse = now.cross_entropy > max(nats, first.cross_entropy + 0.05 * nats)
-    far_worse = now.cross_entropy > max(2 * nats, 1.5 * first.cross_entropy)
+    # The rarer classes are, the less of what is learned can be told from noise.
+    limit = unlearned + 0.5 * (unlearned - nats)
+    worse = now.cross_entropy > max(limit, first.cross_entropy + 0.05 * nats)
+    far_worse = now.cross_entropy > max(2 * unlearned, 1.5 * first.cross_entropy)
     if (worse and not learned) or (far_worse and now.accessible < 0.5 * nats):
-        return f"nothing was learned: {rose.format(first.cross_entropy)} {guess}"
+        rose, guess = rose.format(first.cross_entropy), guess.format(unlearned)
+        return f"nothing was learned: {rose} {guess}"
     return None
 
 

@@ -1,6 +1,8 @@
 """A fixed sample of labelled data, drawn in one pass: what a model is measured on."""
 
 import math
+import time
+import warnings
 from typing import Any, NamedTuple
 
 import keras
@@ -8,6 +10,8 @@ import numpy as np
 
 from keras_milr import batches, outputs, targets
 from keras_milr._arguments import naming
+
+_LONG = 30  # seconds after which a user may wonder
 
 
 class Labels(NamedTuple):
@@ -115,8 +119,17 @@ def is_skewed(labels, entropy: float) -> bool:
         labels: Sequence of `Labels`.
         entropy: H(Y) of them, in nats.
     """
+    return bool(entropy < 0.5 * even_entropy(labels))
+
+
+def even_entropy(labels) -> float:
+    """What H(Y) would be if all classes had equal shares, in nats.
+
+    Args:
+        labels: Sequence of `Labels`.
+    """
     even = [math.log(one.target.num_classes) for one in labels]
-    return bool(entropy < 0.5 * np.average(even, weights=[one.share for one in labels]))
+    return float(np.average(even, weights=[one.share for one in labels]))
 
 
 def draw_sample(
@@ -160,7 +173,17 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
     """
     rng, size = np.random.default_rng(seed), int(size)
     pool, batch_sizes = None, []
+    started = time.monotonic()
     for x, y, sample_weight in batches.read(data):
+        if started is not None and time.monotonic() - started > _LONG:
+            started = None
+            warnings.warn(
+                f"After {_LONG} s of drawing a sample, {sum(batch_sizes)} samples of "
+                "`probe_data` have been gone through, and all of them will be. If "
+                "they are many, or never end, pass a part, such as "
+                "`dataset.take(200)`.",
+                stacklevel=2,
+            )
         n = batches.check_lengths(x, y, sample_weight)
         if n == 0:
             continue

@@ -51,12 +51,13 @@ class State:
         # What is to be resumed, as of `read`: by the user, by a backup.
         self._loaded = self._restored = None
         self._noted = None  # The state without its marks, and a `Rollback` or None.
+        self._optimizer = None  # Which it was noted of.
         self._rider = _Rider(self._content, self._on_loaded)
 
     def copy(self):
         """The same for another callback: what is to be resumed, or can be saved."""
         copied = State()
-        names = ("_model", "_loaded", "_noted")
+        names = ("_model", "_loaded", "_noted", "_optimizer")
         vars(copied).update({name: vars(self)[name] for name in names})
         return copied
 
@@ -100,6 +101,7 @@ class State:
         kept = None if rollback is None else rollback.state()
         content = content | {"trained": self._iterations()}
         self._noted = content, rollback, kept
+        self._optimizer = self._model.optimizer
 
     def end(self):
         """To be called in `on_train_end`: leaves the model, frees the weights."""
@@ -186,7 +188,9 @@ class State:
         return content, arrays, missing
 
     def _content(self, with_weights=True):
-        if self._noted is None:
+        # Of a `fit` that was interrupted it stays with the model, to go on with, until
+        # that is compiled anew.
+        if self._noted is None or self._model.optimizer is not self._optimizer:
             return None, {}
         content, rollback, kept = self._noted
         arrays = {}

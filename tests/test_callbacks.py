@@ -898,6 +898,26 @@ class TestModelsAndData:
             mutual_info_score(digits[1], predicted.argmax(axis=1)), abs=1e-4
         )
 
+    def test_the_sample_is_that_of_the_model_and_of_the_data(self, digits):
+        """A callback is used again, as in a notebook or for each of several folds."""
+        x, y = digits
+        callback = keras_milr.MutualInformationLR(probe_data=(x, y))
+        for logits in (True, False):
+            last = None if logits else "softmax"
+            model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10, last)])
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
+            model.compile("adam", loss)
+            fit(callback, digits, model)
+            expected = model.evaluate(x, y, verbose=0)
+            found = callback.history[-1]["cross_entropy"]
+            assert found == pytest.approx(expected, rel=1e-4)
+        sample = callback._sample
+        fit(callback, digits, model)
+        assert callback._sample is sample
+        callback.probe_data = x[:300], y[:300]
+        fit(callback, digits, model)
+        np.testing.assert_array_equal(callback._sample.x, x[:300])
+
     @pytest.mark.backends("tensorflow", reason="the model has operations of its own")
     def test_subclassed_in_mixed_precision(self, digits):
         keras.config.set_dtype_policy("mixed_float16")

@@ -65,6 +65,36 @@ def fit(model, data, callbacks, **options):
     return model.fit(*data, callbacks=callbacks, **options)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_saved_after_an_interruption(again, tmp_path, digits):
+    """With what the training can go on from, until the model is compiled anew."""
+
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    model, path = make_model(), tmp_path / "model.keras"
+    callback = keras_milr.MutualInformationLR(probe_data=digits)
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, digits, [callback, stop], epochs=4)
+    if again:
+        model.compile(keras.optimizers.SGD(), "sparse_categorical_crossentropy")
+    model.save(path)
+    if again:
+        with pytest.raises(ValueError, match="which has no state of one"):
+            callback.load_state(path)
+        with pytest.raises(ValueError, match="has no state to save"):
+            callback.save_state(tmp_path / "state.json")
+        saver = keras.callbacks.ModelCheckpoint(path)
+        fit(model, digits, [saver], epochs=1)
+    else:
+        callback.load_state(path)
+        model = keras.models.load_model(path)
+        fit(model, digits, [callback], epochs=4, initial_epoch=3)
+        assert callback.history[-1]["step"] == 4
+
+
 def values(model):
     variables = [*model.weights, *model.optimizer.variables]
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]

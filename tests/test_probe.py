@@ -188,6 +188,15 @@ class TestProbe:
             assert sizes_of_batches(model, digits) == [250, 250]
         assert not_called.inputs[0].shape == (None, 64)
 
+    def test_batches_of_large_samples_are_small(self, digits, monkeypatch):
+        model = make_model()
+        monkeypatch.setattr(probe, "_INPUTS", 6400)
+        assert sizes_of_batches(model, digits) == [100] * 5
+        monkeypatch.setattr(probe, "_OUTPUTS", 500)
+        assert sizes_of_batches(model, digits) == [50] * 10
+        monkeypatch.setattr(probe, "_INPUTS", 1)
+        assert sizes_of_batches(model, digits) == [1] * 500
+
     def test_several_inputs(self, digits):
         x, y = digits
         left, right = keras.Input((32,), name="left"), keras.Input((32,), name="right")

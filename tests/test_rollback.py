@@ -92,6 +92,20 @@ class TestCollapse:
     def test_is_not_imagined(self, now, best, first):
         assert collapse(now, best, first) is None
 
+    def test_classes_may_be_trained_for_as_if_they_were_equal(self):
+        """98:2, weighted to 50:50: at best nothing is known at log 2 nats."""
+        even, first = np.log(2), info(0.0, 0.1, entropy=0.1)
+        for now in (info(0.01, 0.69, entropy=0.1), info(0.01, 0.9, entropy=0.1)):
+            assert collapse(now, first, first)
+            assert collapse(now, first, first, even) is None
+        now = info(0.01, 1.0, entropy=0.1)
+        assert "above the same guess" in collapse(now, first, first, even)
+        # Of classes that are equal nothing changes.
+        now = info(0.03, 2.6)
+        for first in (self.START, info(0.02, 3.0)):
+            said = [collapse(now, first, first, even) for even in (0.0, H)]
+            assert said[0] == said[1]
+
 
 class TestRaise:
     BEST = info(1.0, 1.3)
@@ -568,6 +582,42 @@ def test_of_few_batches_and_averages_that_lag(rate, healthy, digits):
     # The test is none if the loss and inference are not bad.
     assert logs["loss"][0] > H
     assert logs["probe_information"][0] < 0.1
+
+
+@pytest.mark.parametrize("bias", [0.0, np.log(0.01 / 0.99)], ids=["even", "shares"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_never_for_class_weights(bias, seed):
+    """A rare class, weighted up as it is usual: the probe knows nothing of that."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(20_000) < 0.01).astype("int32")
+    x = rng.normal(size=(len(y), 10)).astype("float32")
+    x[:, :4] += 0.9 * y[:, None]
+
+    def trained(callbacks):
+        keras.utils.set_random_seed(seed)
+        start = keras.initializers.Constant(bias)
+        layers = [keras.Input((10,)), keras.layers.Dense(16, activation="relu")]
+        layers.append(keras.layers.Dense(1, "sigmoid", bias_initializer=start))
+        model = keras.Sequential(layers)
+        model.compile("adam", "binary_crossentropy")
+        model.fit(
+            *(x, y),
+            batch_size=256,
+            epochs=6,
+            class_weight={0: 0.5 / 0.99, 1: 0.5 / 0.01},
+            callbacks=callbacks,
+            verbose=0,
+        )
+        return model
+
+    callback = keras_milr.MutualInformationLR(lambda reading: reading.rate, (x, y))
+    for found, expected in zip(
+        trained([callback]).get_weights(), trained([]).get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert [r["rollbacks"] for r in callback.history] == [0] * 7
+    worst = max(r["cross_entropy"] for r in callback.history[1:])
+    assert worst > 3 * callback.history[-1]["entropy"]
 
 
 def test_bad_argument(digits):

@@ -7,6 +7,15 @@ from keras_milr import sampling
 from tests.test_probe import make_model
 
 
+def test_a_draw_that_takes_long_says_so(digits, monkeypatch):
+    monkeypatch.setattr(sampling, "_LONG", 0)
+    x, y = digits
+    batches = [(x[i : i + 100], y[i : i + 100]) for i in range(0, 1000, 100)]
+    with pytest.warns(UserWarning, match=r"0 samples.*`dataset.take\(200\)`") as said:
+        draw(iter(batches))
+    assert len(said) == 1
+
+
 def draw(data, size=500, seed=0, **model_arguments):
     return sampling.draw_sample(data, make_model(**model_arguments), size, seed)
 
