@@ -376,7 +376,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._policy = policies.get(policy)
         early = getattr(self._policy, "early_readings", 0)
         check_integer("policy.early_readings", early, at_least=0)
-        self._sample = self._drawn = None
+        self._sample, self._drawn = None, (None, None)  # From what, and how.
         # What is measured: one of the two while `fit` runs.
         self._probe = None
         self._table = None
@@ -833,13 +833,12 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _draw_sample(self):
         """The sample, kept from one `fit` to the next."""
         model, sample = self.model, self._sample
-        chosen = self.probe_size, self.seed, self.output, self.targets
-        kept = sample is not None and self._drawn == (id(self.probe_data), chosen)
-        if kept:
-            kept = sample.signature == signature(outputs_of(model, sample.x))
-        if not kept:
-            sample = sampling.draw_sample(self.probe_data, model, *chosen)
-            self._sample, self._drawn = sample, (id(self.probe_data), chosen)
+        data, chosen = self._drawn
+        how = self.probe_size, self.seed, self.output, self.targets
+        kept = sample is not None and data is self.probe_data and chosen == how
+        if not kept or sample.signature != signature(outputs_of(model, sample.x)):
+            sample = sampling.draw_sample(self.probe_data, model, *how)
+            self._sample, self._drawn = sample, (self.probe_data, how)
             for note in sample.notes:
                 warnings.warn(f"MutualInformationLR: {note}", stacklevel=2)
         return sample

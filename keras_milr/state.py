@@ -63,10 +63,12 @@ class State:
 
     def __getstate__(self):
         # For another process. What rides with a model's weights is Keras' to save.
-        return {name: one for name, one in vars(self).items() if name != "_rider"}
+        left = ("_rider", "_optimizer")
+        return {name: one for name, one in vars(self).items() if name not in left}
 
     def __setstate__(self, state):
         vars(self).update(state)
+        self._optimizer = self._model and self._model.optimizer
         self._rider = _Rider(self._content, self._on_loaded)
 
     @property
