@@ -22,7 +22,7 @@ test: $(BESIDE)
 	$(BIN)/python -m pytest -n auto -m "not slow" $(SHOWN)/tensorflow.json $(ARGS)
 
 # The rest of the tests: examples and benchmarks as a user runs them, kills, several
-# processes, hundreds of absurd inputs.
+# processes, hundreds of absurd inputs, statistics of thousands of draws.
 test-slow: $(BESIDE)
 	$(BIN)/python -m pytest -n auto -m slow $(SHOWN)/tensorflow-slow.json $(ARGS)
 

@@ -585,7 +585,7 @@ def test_of_few_batches_and_averages_that_lag(rate, healthy, digits):
 
 
 @pytest.mark.parametrize("bias", [0.0, np.log(0.01 / 0.99)], ids=["even", "shares"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_never_for_class_weights(bias, seed):
     """A rare class, weighted up as it is usual: the probe knows nothing of that."""
     rng = np.random.default_rng(0)

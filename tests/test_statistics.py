@@ -17,6 +17,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 
 from keras_milr import information, readouts
 
+pytestmark = pytest.mark.slow
 EVEN = "even"
 SKEWED = "skewed"
 

@@ -139,6 +139,7 @@ def test_unknown_outputs_say_nothing_but_are_counted():
     assert half.entropy == pytest.approx(reference.entropy(np.bincount(labels)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.05])
 @pytest.mark.parametrize("knows", [False, True])
 def test_standard_error_of_the_bound(share, knows):
