@@ -13,7 +13,7 @@ def test_a_draw_that_takes_long_says_so(digits, monkeypatch):
     batches = [(x[i : i + 100], y[i : i + 100]) for i in range(0, 1000, 100)]
     with pytest.warns(UserWarning, match=r"0 samples.*`dataset.take\(200\)`") as said:
         draw(iter(batches))
-    assert len(said) == 1
+    assert sum("gone through" in str(one.message) for one in said) == 1
 
 
 def draw(data, size=500, seed=0, **model_arguments):
