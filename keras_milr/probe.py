@@ -355,7 +355,7 @@ def _mosts(sample):
     """How many rows a batch may have, by what counts and memory have to hold."""
     inputs = keras.tree.flatten(sample.x)
     # Activations take a multiple of the inputs, some hundred MB then.
-    yield _INPUTS // sum(math.prod(a.shape[1:]) for a in inputs)
+    yield _INPUTS // max(1, sum(math.prod(a.shape[1:]) for a in inputs))
     for one in sample.labels:
         positions = math.prod(one.target.positions)
         yield _OUTPUTS // (positions * one.target.units)
