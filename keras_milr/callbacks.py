@@ -609,8 +609,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._rollback.resume(state["rollback"], arrays)
 
     def _make_rollback(self):
-        labels = () if self._probe is None else self._sample.labels
-        return Rollback(self.model, sampling.even_entropy(labels) if labels else 0.0)
+        if self._probe is None:
+            return Rollback(self.model)
+        return Rollback(self.model, sampling.even_entropy(self._sample.labels))
 
     def _make_controller(self, resumed=None):
         return Controller(

@@ -256,22 +256,23 @@ def collapse(now, best, first, even: float = 0.0) -> str | None:
     if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
         return None  # Not probabilities: what is lost cannot be told.
     margin = _margin(now, _NEGLIGIBLE)
-    guess = "the same guess for every sample, {:.4g} nats"
-    rose = (
-        f"the cross-entropy rose from {{:.4g}} to {now.cross_entropy:.4g} nats, above"
-    )
+
+    def rose(before, guess):
+        return (
+            f"the cross-entropy rose from {before:.4g} to {now.cross_entropy:.4g} "
+            f"nats, above the same guess for every sample, {guess:.4g} nats"
+        )
+
     lost = now.accessible < 0.5 * best.accessible - margin
     if lost and now.cross_entropy >= max(0.99 * nats, best.cross_entropy):
-        rose, guess = rose.format(best.cross_entropy), guess.format(nats)
-        return f"the information was lost: {rose} {guess}"
+        return f"the information was lost: {rose(best.cross_entropy, nats)}"
     learned = now.accessible > first.accessible + margin
     # The rarer classes are, the less of what is learned can be told from noise.
     limit = unlearned + 0.5 * (unlearned - nats)
     worse = now.cross_entropy > max(limit, first.cross_entropy + 0.05 * nats)
     far_worse = now.cross_entropy > max(2 * unlearned, 1.5 * first.cross_entropy)
     if (worse and not learned) or (far_worse and now.accessible < 0.5 * nats):
-        rose, guess = rose.format(first.cross_entropy), guess.format(unlearned)
-        return f"nothing was learned: {rose} {guess}"
+        return f"nothing was learned: {rose(first.cross_entropy, unlearned)}"
     return None
 
 

@@ -65,6 +65,27 @@ def fit(model, data, callbacks, **options):
     return model.fit(*data, callbacks=callbacks, **options)
 
 
+def values(model):
+    variables = [*model.weights, *model.optimizer.variables]
+    return [keras.ops.convert_to_numpy(v).copy() for v in variables]
+
+
+def assert_usable(model, callback, data):
+    """Finite all over, rates within bounds, and it trains on."""
+    for value in values(model):
+        assert np.all(np.isfinite(value))
+    bounds = pytest.approx(LOW), pytest.approx(HIGH)
+    present = callback._rates.get()
+    readings = [record["rate"] for record in callback.history]
+    readings = [r.values() if isinstance(r, dict) else [r] for r in readings]
+    for rate in np.concatenate([present, *map(list, readings)]):
+        assert np.isfinite(rate)
+        assert LOW <= rate <= HIGH or rate in bounds
+    accuracy = fit(model, data, [callback], epochs=3).history["accuracy"]
+    assert accuracy[-1] > 0.6
+    assert "_keras_milr" not in vars(model)
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_saved_after_an_interruption(again, tmp_path, digits):
     """With what the training can go on from, until the model is compiled anew."""
@@ -93,27 +114,6 @@ def test_saved_after_an_interruption(again, tmp_path, digits):
         model = keras.models.load_model(path)
         fit(model, digits, [callback], epochs=4, initial_epoch=3)
         assert callback.history[-1]["step"] == 4
-
-
-def values(model):
-    variables = [*model.weights, *model.optimizer.variables]
-    return [keras.ops.convert_to_numpy(v).copy() for v in variables]
-
-
-def assert_usable(model, callback, data):
-    """Finite all over, rates within bounds, and it trains on."""
-    for value in values(model):
-        assert np.all(np.isfinite(value))
-    bounds = pytest.approx(LOW), pytest.approx(HIGH)
-    present = callback._rates.get()
-    readings = [record["rate"] for record in callback.history]
-    readings = [r.values() if isinstance(r, dict) else [r] for r in readings]
-    for rate in np.concatenate([present, *map(list, readings)]):
-        assert np.isfinite(rate)
-        assert LOW <= rate <= HIGH or rate in bounds
-    accuracy = fit(model, data, [callback], epochs=3).history["accuracy"]
-    assert accuracy[-1] > 0.6
-    assert "_keras_milr" not in vars(model)
 
 
 @pytest.mark.slow
