@@ -395,7 +395,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.history = []
-        self._controller = self._rollback = None
+        self._controller = self._rollback = self._steps_made = None
         self._overruled = company.Overruled()
         self.lr_range = None
         self._timing = Timing(self.model, self.params, self.update_freq)
@@ -486,6 +486,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             self._table.end_epoch(logs)
         base, by_layer = self._rates_of_last_batch(logs)
         logs["learning_rate"] = base
+        self._check_steps()
         shown = None
         if self._probe is not None and self._probe.has_averages:
             shown, _ = self._measured(self.model, by_batch=False, with_layers=False)
@@ -646,6 +647,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 max_lr = scale * max(highest, self.min_lr)
         self._max_lr = max_lr
         self._controller = self._make_controller()
+        self._steps_made = rates.steps_made(self.model)
         if self._probe is None:
             # A metric has counted nothing yet: nothing is known, of one bit.
             infos = [readouts.Information(0.0, 0.0, math.log(2), 0.0, 0.0)]
@@ -866,6 +868,19 @@ class MutualInformationLR(keras.callbacks.Callback):
             "loss does not say that they are logits. H(Y) − CE cannot be measured, and "
             "the counted mutual information alone sets the rate. If they are logits, "
             "pass `readout=keras_milr.readouts.Predictions(from_logits=True)`.",
+            stacklevel=2,
+        )
+
+    def _check_steps(self):
+        """Warns, once, of an optimizer that does not train the model."""
+        before, self._steps_made = self._steps_made, None
+        if before is None or self._failed or rates.steps_made(self.model) != before:
+            return
+        warnings.warn(
+            "MutualInformationLR: `model.optimizer` has made no step in the first "
+            "epoch, so its learning rate, which is the one that is set, does nothing. "
+            "A `train_step` of your own must train with `self.optimizer`. "
+            f"Received: {type(self.model.optimizer).__name__}",
             stacklevel=2,
         )
 

@@ -47,9 +47,12 @@ def outputs_of(model, x) -> list[Output]:
             f"or be an iterable of such batches, but no list. Received: {len(x)} "
             f"inputs for model {model.name!r}, which has one"
         )
-    if isinstance(model, keras.Sequential) and not model.built and hasattr(x, "shape"):
-        # A call would build it for inputs of so many rows.
-        model.build((None, *x.shape[1:]))
+    if not model.built:
+        # By the call below it would be for inputs of so many rows.
+        if isinstance(model, keras.Sequential) and hasattr(x, "shape"):
+            model.build((None, *x.shape[1:]))
+        else:
+            backend.build(model, x)
     rows = fixed_batch_size(model, x) or 1
     structure = _called(model, x, rows)
     flat = keras.tree.flatten(structure)

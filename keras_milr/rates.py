@@ -155,6 +155,11 @@ class LayerRates:
         return optimizer
 
 
+def steps_made(model) -> int:
+    """How many steps the model's optimizer has made."""
+    return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+
+
 def base_rate(model) -> float:
     """The learning rate of the model's optimizer; of a schedule, the present one."""
     try:

@@ -1,5 +1,6 @@
 """A fixed sample of labelled data, drawn in one pass: what a model is measured on."""
 
+import itertools
 import math
 import time
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 
 from keras_milr import batches, outputs, targets
 from keras_milr._arguments import naming
+from keras_milr.untouched import own_random_state
 
 _LONG = 30  # seconds after which a user may wonder
 
@@ -172,37 +174,45 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
     See `draw_sample`.
     """
     rng, size = np.random.default_rng(seed), int(size)
-    pool, batch_sizes = None, []
-    started = time.monotonic()
-    for x, y, sample_weight in batches.read(data):
-        if started is not None and time.monotonic() - started > _LONG:
-            started = None
-            warnings.warn(
-                f"After {_LONG} s of drawing a sample, {sum(batch_sizes)} samples of "
-                "`probe_data` have been gone through, and all of them will be. If "
-                "they are many, or never end, pass a part, such as "
-                "`dataset.take(200)`.",
-                stacklevel=2,
-            )
-        n = batches.check_lengths(x, y, sample_weight)
-        if n == 0:
-            continue
-        batches.check_inputs(x)
-        if pool is None:
-            plan = _Plan(model, x, y, output, kind)
-            pool = _Pool(plan.classes)
-        ids = plan.checked(y, sample_weight)
-        rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
-        batch_sizes.append(n)
-        if sample_weight is not None:
-            rows["sample_weight"] = sample_weight
-        pool.add(rows, ids, rng.random(n))
-        # Memory stays bounded by the sample. Twice the share keeps whatever the
-        # final draw will want, but for a chance that is negligible.
-        if len(pool) > 4 * size + 16 * plan.classes:
-            pool.keep(2.0 * size * pool.counts / pool.counts.sum() + 4)
-    if pool is None:
+    source = batches.read(data)
+    # What the data draw is not to be missing in `fit`, where the model, if it is built
+    # only now, would have drawn its weights too.
+    with own_random_state(int(seed)):
+        first = next((one for one in source if batches.check_lengths(*one) > 0), None)
+    if first is None:
         raise ValueError("Argument `probe_data` is empty. Received: no samples")
+    batches.check_inputs(first[0])
+    plan = _Plan(model, first[0], first[1], output, kind)
+    most = 2 * size if plan.bins else size  # Bins are not known before the targets are.
+    pool, batch_sizes = _Pool(plan.classes), []
+    started = time.monotonic()
+    with own_random_state(int(seed) ^ 1):
+        for x, y, sample_weight in itertools.chain([first], source):
+            if started is not None and time.monotonic() - started > _LONG:
+                started = None
+                warnings.warn(
+                    f"After {_LONG} s of drawing a sample, {sum(batch_sizes)} samples "
+                    "of `probe_data` have been gone through, and all of them will be. "
+                    "If they are many, or never end, pass a part, such as "
+                    "`dataset.take(200)`.",
+                    stacklevel=2,
+                )
+            n = batches.check_lengths(x, y, sample_weight)
+            if n == 0:
+                continue
+            batches.check_inputs(x)
+            ids = plan.checked(y, sample_weight)
+            rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
+            batch_sizes.append(n)
+            if sample_weight is not None:
+                rows["sample_weight"] = sample_weight
+            pool.add(rows, ids, rng.random(n))
+            # Memory stays bounded by the sample.
+            if len(pool) > 2 * most + 16 * plan.classes:
+                # What the final draw will want of the rows so far is fewer on average,
+                # and more with a chance that is negligible.
+                shares = most * pool.counts / pool.counts.sum()
+                pool.keep(shares + 4 * np.sqrt(shares) + 4)
     present = np.count_nonzero(pool.counts)
     if plan.classes > 1 and present == 1:
         raise ValueError(
@@ -216,11 +226,10 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
             f"probe_size={size} for {present} classes"
         )
     if plan.bins:
-        # Bins are not known before the targets are.
-        pool.keep([2 * size])
-        pool.stratify(plan.bin_ids(pool.rows()[0]["y"]))
+        pool.keep([most])
+        pool.stratify(plan.bin_ids(pool.rows()["y"]))
     pool.keep(_shares(pool.counts, size))
-    rows, _ = pool.rows()
+    rows = pool.rows()
     y, weight = rows["y"], rows.get("sample_weight")
     return Rows(
         rows["x"],
@@ -414,10 +423,15 @@ def _listed(numbers, most=10):
 
 
 class _Pool:
-    """Rows with random priorities; the lowest ones of each class are kept."""
+    """Rows with random priorities; the lowest ones of each class are kept.
+
+    Attributes:
+        counts: Number of rows of each class that were added, kept or not.
+    """
 
     def __init__(self, classes: int):
         self.counts = np.zeros(classes, "int64")
+        self._limits = np.full(classes, np.inf)  # No priority above is wanted.
         self._chunks = []
         self._ids = np.zeros(0, "int32")
         self._priorities = np.zeros(0)
@@ -438,35 +452,45 @@ class _Pool:
                     f"Received: {first}, later {here}"
                 )
         self.counts += np.bincount(ids, minlength=len(self.counts))
-        self._chunks.append(rows)
-        self._ids = np.concatenate([self._ids, ids])
-        self._priorities = np.concatenate([self._priorities, priorities])
+        wanted = priorities < self._limits[ids]
+        if np.any(wanted):
+            self._chunks.append(_taken(rows, wanted))
+            self._ids = np.concatenate([self._ids, ids[wanted]])
+            self._priorities = np.concatenate([self._priorities, priorities[wanted]])
 
     def keep(self, quota):
         """Drops all but the `quota[c]` lowest priorities of each class c."""
         order = np.lexsort((self._priorities, self._ids))
         ids = self._ids[order]
         rank = np.arange(len(ids)) - np.searchsorted(ids, ids)
-        chosen = np.sort(order[rank < np.asarray(quota)[ids]])
-        self._chunks = [self._take(chosen)]
-        self._ids, self._priorities = self._ids[chosen], self._priorities[chosen]
+        wanted = np.zeros(len(ids), bool)
+        wanted[order] = rank < np.asarray(quota)[ids]
+        np.minimum.at(self._limits, self._ids[~wanted], self._priorities[~wanted])
+        self._ids, self._priorities = self._ids[wanted], self._priorities[wanted]
+        start, chunks = 0, self._chunks
+        for i, chunk in enumerate(chunks):
+            end = start + len(keras.tree.flatten(chunk)[0])
+            chunks[i] = _taken(chunk, wanted[start:end])  # One after the other.
+            start = end
+        self._chunks = [c for c in chunks if len(keras.tree.flatten(c)[0]) > 0]
 
     def stratify(self, ids):
         """Gives the rows that are kept other classes."""
         self.counts = np.bincount(ids)
+        self._limits = np.full(len(self.counts), np.inf)
         self._ids = ids
 
     def rows(self):
-        return self._chunks[0], self._ids
+        """The rows that are kept."""
+        joined = keras.tree.map_structure(lambda *a: np.concatenate(a), *self._chunks)
+        self._chunks = [joined]
+        return joined
 
-    def _take(self, chosen):
-        lengths = [len(keras.tree.flatten(chunk)[0]) for chunk in self._chunks]
-        ends = np.cumsum(lengths)
-        parts = []
-        for chunk, end, length in zip(self._chunks, ends, lengths, strict=True):
-            local = chosen[(chosen >= end - length) & (chosen < end)] - (end - length)
-            parts.append(keras.tree.map_structure(lambda a, i=local: a[i], chunk))
-        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
+
+def _taken(rows, wanted):
+    if np.all(wanted):
+        return rows
+    return keras.tree.map_structure(lambda a: a[wanted], rows)
 
 
 def _shares(counts, size):

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from keras_milr import _keras, backend
+from keras_milr.rates import steps_made
 
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
@@ -101,7 +102,7 @@ class State:
             rollback: A `Rollback`, or None.
         """
         kept = None if rollback is None else rollback.state()
-        content = content | {"trained": self._iterations()}
+        content = content | {"trained": steps_made(self._model)}
         self._noted = content, rollback, kept
         self._optimizer = self._model.optimizer
 
@@ -167,12 +168,12 @@ class State:
                 f"{start} is of a training with other arguments. "
                 f"Received: {content['settings']}, expected {settings}"
             )
-        if content["iterations"] != self._iterations():
+        if content["iterations"] != steps_made(self._model):
             raise ValueError(
                 f"{start} is of other weights: load the model, or build its optimizer "
                 "before `load_weights`. Received: a state after "
                 f"{content['iterations']} training steps for an optimizer that has "
-                f"made {self._iterations()}"
+                f"made {steps_made(self._model)}"
             )
         expected = content["epoch"]
         # Who saves may stand before us, and save before the reading.
@@ -201,15 +202,12 @@ class State:
         if with_weights:
             arrays |= {name: np.array(b) for name, b in self._unsaved().items()}
         content = content | {"rollback": kept and kept[0]}
-        return _marked(content | {"iterations": self._iterations()}), arrays
+        return _marked(content | {"iterations": steps_made(self._model)}), arrays
 
     def _unsaved(self):
         """Buffers of PyTorch's modules that Keras does not save with the weights."""
         buffers = [one for one in backend.buffers(self._model) if not one.saved]
         return {f"buffer_{buffer.name}": buffer for buffer in buffers}
-
-    def _iterations(self):
-        return int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
 
     def _on_loaded(self, found):
         if not self._restorable:

@@ -397,9 +397,10 @@ def checked_ids(labels, target: Target, counted=None) -> np.ndarray:
 
 def _check_whole(labels, target):
     limit = num_classes(target.units)
-    flat = labels.reshape(-1).astype("float64")
-    bad = ~np.isfinite(flat) | (flat != np.floor(flat))
-    bad |= (flat < 0) | (flat >= limit)
+    flat = labels.reshape(-1)
+    bad = (flat < 0) | (flat >= limit)
+    if flat.dtype.kind == "f":
+        bad |= ~np.isfinite(flat) | (flat != np.floor(flat))
     if np.any(bad):
         hint = ""
         if target.units == 1 and np.all(np.isfinite(flat)):
@@ -499,7 +500,7 @@ def _numbers(labels) -> np.ndarray:
             "The labels must be numbers: class ids, one-hot vectors, or 0 and 1. "
             f"Received: labels of dtype {labels.dtype}"
         )
-    return labels.astype("float64") if labels.dtype == bool else labels
+    return labels.astype("uint8") if labels.dtype == bool else labels
 
 
 # --------------------------------------------------- questions, once all are known

@@ -898,6 +898,54 @@ class TestModelsAndData:
             mutual_info_score(digits[1], predicted.argmax(axis=1)), abs=1e-4
         )
 
+    @pytest.mark.backends("tensorflow", reason="Keras refuses to build it on others")
+    def test_a_model_that_only_a_trace_builds(self, digits):
+        class Scale(keras.layers.Layer):
+            def build(self, shape):
+                array = np.ones(shape[-1], "float32")
+                self.scale = keras.Variable(array, name="scale")
+
+            def call(self, x):
+                return x * self.scale
+
+        class Scaled(Subclassed):
+            def __init__(self):
+                super().__init__()
+                self.inner = keras.Sequential([Scale(), keras.layers.Dense(16)])
+
+            def call(self, x):
+                return super().call(self.inner(x))
+
+        found = []
+        for way in ("plain", "probe", "test"):
+            keras.utils.set_random_seed(0)
+            model = Scaled()
+            model.compile("adam", "sparse_categorical_crossentropy")
+            if way == "test":
+                keras_milr.lr_range_test(model, *digits, verbose=0)
+            read = keras_milr.MutualInformationLR(keep, digits, rollback=False)
+            callbacks = [read] if way == "probe" else []
+            logs = model.fit(*digits, shuffle=False, verbose=0, callbacks=callbacks)
+            found.append((logs.history["loss"], len(model.variables)))
+            if way != "plain":
+                assert model.inner.input_shape == (None, 64)
+        assert found == found[:1] * 3
+
+    def test_an_optimizer_that_does_not_train_the_model(self, digits):
+        """As of an adversarial network, whose step has optimizers of its own."""
+
+        class Own(Subclassed):
+            def train_step(self, *args):
+                logs, state = {"loss": keras.ops.zeros(())}, args[:-1]
+                return (logs, *state) if state else logs
+
+        model = Own()
+        model.compile("adam", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        with pytest.warns(UserWarning, match="no step in the first epoch") as said:
+            fit(callback, digits, model, epochs=3)
+        assert sum("no step" in str(one.message) for one in said) == 1
+
     def test_the_sample_is_that_of_the_model_and_of_the_data(self, digits):
         """A callback is used again, as in a notebook or for each of several folds."""
         x, y = digits

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -145,7 +147,47 @@ class TestSample:
             patch.setattr(sampling, "_Pool", Watched)
             sample = draw(batches(), 50, features=1, classes=classes)
         assert len(sample.class_ids) == 50
-        assert longest <= 4 * 50 + 16 * 3 + 100
+        assert longest <= 2 * 50 + 16 * 3 + 100
+
+    def test_memory_is_that_of_two_samples(self):
+        def batches():
+            rng = np.random.default_rng(0)
+            for _ in range(400):
+                yield rng.random((50, 1000), "float32"), rng.integers(0, 3, 50)
+
+        model = make_model(features=1000, classes=3)
+        tracemalloc.start()
+        try:
+            sample = sampling.draw_sample(batches(), model, 1000)
+            assert tracemalloc.get_traced_memory()[1] < 2.6 * sample.x.nbytes
+        finally:
+            tracemalloc.stop()
+
+    def test_random_numbers_are_left_to_the_training(self, digits):
+        """Of data that are augmented; but a model that is built draws its weights."""
+        x, y = digits
+
+        class Augmented(keras.utils.PyDataset):
+            def __len__(self):
+                return 10
+
+            def __getitem__(self, i):
+                rows = slice(100 * i, 100 * (i + 1))
+                noise = np.random.normal(size=(100, 1)) + np.random.normal()  # noqa: NPY002
+                return x[rows] + noise.astype("float32"), y[rows]
+
+        drawn = []
+        for read in (False, True):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.layers.Dense(10, activation="softmax")])
+            model.compile("sgd", "sparse_categorical_crossentropy")
+            if read:
+                sample = sampling.draw_sample(Augmented(), model, 1000)
+            drawn.append(np.random.normal())  # noqa: NPY002
+        assert drawn[0] == drawn[1]
+        # Each batch has noise of its own.
+        noise = np.mean(sample.x - x[:1000], axis=1).reshape(10, 100)
+        assert len(np.unique(np.round(noise.mean(axis=1), 5))) == 10
 
 
 class TestBadData:

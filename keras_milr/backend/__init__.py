@@ -22,6 +22,8 @@ those after it where there is something special to the backend; else `plain` has
   `forward(x, training=False)` is the model with all its state left alone. It is traced
   once for each set of shapes and types, and reads the weights that the model has when
   it is called.
+- `build(model, x)`: builds a model that has no weights yet for inputs like `x`, where
+  it could not be built by a call that leaves no trace.
 - `shards()`: into how many parts the rows of a batch are split, one for each device of
   a distribution of Keras; 1 without one.
 - `split(x)`: the array `x` as a tensor, with its rows on these devices.
@@ -93,6 +95,7 @@ def _special(name):
 
 
 buffers = _special("buffers")
+build = _special("build")
 class_sums = _special("class_sums")
 copies = _special("copies")
 inference = _special("inference")
@@ -142,6 +145,7 @@ __all__ = [
     "argmax",
     "bincount",
     "buffers",
+    "build",
     "class_sums",
     "compile_step",
     "copies",
