@@ -71,8 +71,8 @@ def compile_step(model, step):
 
 
 def build(model, x):
-    # As the trace of Keras' own `fit` does it, for any number of rows. There a layer may
-    # make a variable from an array, which it may not in a stateless scope.
+    # As the trace of Keras' own `fit` does it, for any number of rows. There a layer
+    # may make a variable from an array, which it may not in a stateless scope.
     if model.run_eagerly:
         return
     specs = keras.tree.map_structure(
