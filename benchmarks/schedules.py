@@ -176,6 +176,7 @@ class Driven:
                 best=self.best,
                 noise=noise,
                 bound=np.maximum(value, 0.0),
+                attainable=None,
             )
         )
         if reading.step > 0:

@@ -190,6 +190,16 @@ def all_layers(model) -> list:
     return model._flatten_layers(include_self=False)
 
 
+def states(model) -> list:
+    """Variables that layers keep apart from their weights, as stateful RNNs do.
+
+    Keras lists them nowhere.
+    """
+    kept = [getattr(layer, "states", None) for layer in all_layers(model)]
+    kept = {id(v): v for v in keras.tree.flatten(kept) if isinstance(v, keras.Variable)}
+    return list(kept.values())  # A wrapper names those of its layers again.
+
+
 def saved_entry(path: str, name: str) -> dict:
     """The arrays that a part of a model, an attribute, has saved in a file.
 
@@ -304,17 +314,19 @@ def scale_learning_rate(optimizer, multiplier):
         nonlocal current
         # Not TensorFlow's variable, of which Muon does not know the path.
         current = trained_variables(optimizer)[index_of(optimizer, variable)]
-        scale = multiplier(current)
-        if optimizer._use_weight_decay(current):
-            apply_weight_decay([current])
-        if moves_at_zero:
-            before = keras.ops.copy(variable)
-            update_step(gradient, variable, learning_rate * scale)
-            after = keras.ops.convert_to_tensor(variable)
-            optimizer.assign(variable, keras.ops.where(scale == 0, before, after))
-        else:
-            update_step(gradient, variable, learning_rate * scale)
-        current = None
+        try:
+            scale = multiplier(current)
+            if optimizer._use_weight_decay(current):
+                apply_weight_decay([current])
+            if moves_at_zero:
+                before = keras.ops.copy(variable)
+                update_step(gradient, variable, learning_rate * scale)
+                after = keras.ops.convert_to_tensor(variable)
+                optimizer.assign(variable, keras.ops.where(scale == 0, before, after))
+            else:
+                update_step(gradient, variable, learning_rate * scale)
+        finally:  # It may be interrupted.
+            current = None
 
     optimizer.update_step = scaled_step
     optimizer._apply_weight_decay = lambda variables: None

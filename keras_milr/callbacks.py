@@ -93,7 +93,8 @@ class MutualInformationLR(keras.callbacks.Callback):
     the next epoch; so does a `ReduceLROnPlateau` that monitors one of our keys.
 
     In a training loop of your own, its hooks are called as `fit` calls them; for
-    `initial_epoch` and the like there are no arguments:
+    `initial_epoch` and the like there are no arguments. It needs `probe_data`, since
+    `train_on_batch` resets metrics before each batch:
 
     ```python
     callbacks = keras.callbacks.CallbackList(
@@ -468,6 +469,8 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         due = self._timing.is_due_after(batch)
         self._trained = None
+        if self._table is not None and "verbose" not in (self.params or {}):
+            self._table.watch()  # It is not `fit` that trains.
         if due:
             # Asked for its model, a callback has it with its state: on JAX that is with
             # the trainer within an epoch, and goes back to it with what is changed.
@@ -732,8 +735,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         """
         infos = self._measure(mid_epoch)
         if infos is None:
+            self._timing.skip()
             return
-        reading = self._controller.read(infos, passed)
+        apart = 1 if passed is not None else self._timing.take()
+        reading = self._controller.read(infos, passed, apart)
         self._record(reading, infos)
         tries = self._controller.tries()
         if passed is not None and not tries and self._is_worse_than_at_the_start():
@@ -771,7 +776,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             )
 
     def _roll_back(self, reading, failure):
+        base = rates.base_rate(self.model)
         infos, factor = self._rollback.restore()
+        self._rates.keep_base(base)
         self._failed = True
         new = self._controller.roll_back(infos, reading, factor)
         what = f"learning rate {new.max():.4g}"

@@ -14,6 +14,7 @@ _BEFORE = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlat
 _BEHIND = (
     keras.callbacks.CSVLogger,
     keras.callbacks.History,
+    keras.callbacks.RemoteMonitor,
     keras.callbacks.SwapEMAWeights,
     keras.callbacks.TensorBoard,
 )

@@ -8,7 +8,7 @@ import numpy as np
 from keras_milr._arguments import LARGEST
 from keras_milr.policies import Reading
 
-_ARRAYS = ("start", "peak", "previous", "latest", "best")
+_ARRAYS = ("start", "peak", "own_peak", "previous", "latest", "best")
 
 
 class Controller:
@@ -20,7 +20,7 @@ class Controller:
         reference: None for H(Y), nats, or a callable from `Information` to nats.
         min_lr: Lower bound of every rate.
         max_lr: Upper bound of every rate, or None for `rates.ceiling`.
-        steps: Number of readings planned, or None.
+        steps: Number of readings planned, or None, if each that is due is taken.
         noise: Function from an `Information` to the noise of its changes.
         searched: Whether a range test found the rates at the start.
         state: Of `state()`, where the training goes on. Defaults to `None`.
@@ -51,15 +51,16 @@ class Controller:
         if state is None:
             self._start = self._peak = rates.get()
             check_bounds(self._start, min_lr, max_lr)
+            self._own_peak = rates.own()  # Not of a base that others set.
             self._previous = self._latest = self._best = None
-            self._step, self._rollbacks = -1, 0
+            self._step, self._due, self._rollbacks = -1, -1, 0
             self._before = None  # The rates before a raise, until it is judged.
             self._glide = None  # From where to where, and where we were last.
         else:
             for name in _ARRAYS:
                 setattr(self, f"_{name}", self._numbers(state, name))
-            self._step, self._rollbacks = map(
-                operator.index, (state["step"], state["rollbacks"])
+            self._step, self._due, self._rollbacks = map(
+                operator.index, (state["step"], state["due"], state["rollbacks"])
             )
             raised = state["before"] is not None
             self._before = self._numbers(state, "before") if raised else None
@@ -74,7 +75,8 @@ class Controller:
     def state(self) -> dict:
         """What a policy is told, as far as it cannot be measured again."""
         arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
-        numbers = {"step": self._step, "rollbacks": self._rollbacks}
+        numbers = {"step": self._step, "due": self._due}
+        numbers["rollbacks"] = self._rollbacks
         glide = self._glide and self._glide[:2]
         return arrays | numbers | {"before": self._before, "glide": glide}
 
@@ -93,7 +95,7 @@ class Controller:
         """Whether the policy has raised a rate last, to see what comes of it."""
         return self.explores() and self._before is not None
 
-    def read(self, infos, passed: float | None = None) -> Reading:
+    def read(self, infos, passed: float | None = None, apart: int = 1) -> Reading:
         """The reading that a policy is handed.
 
         The first call is from before the training.
@@ -102,9 +104,11 @@ class Controller:
             infos: An `Information` for each rate.
             passed: Share of the epoch that has passed, for a reading within the first
                 one. Defaults to `None`, for all others.
+            apart: How many of these others were due since the last one, with this.
+                Those to come are expected as far apart. Defaults to `1`.
         """
         if passed is None:
-            self._step += 1
+            self._step, self._due = self._step + 1, self._due + apart
         self.glide(1.0)
         self._glide = None
         rate = self.rates.get()
@@ -112,6 +116,7 @@ class Controller:
         if self._previous is None:
             self._previous = self._latest = self._best = information
         self._peak = np.maximum(self._peak, rate)
+        self._own_peak = np.maximum(self._own_peak, self.rates.own())
         self._best = np.maximum(self._best, information)
         reading = Reading(
             rate=rate,
@@ -123,10 +128,11 @@ class Controller:
             reference=np.array([self._reference_of(info) for info in infos]),
             noise=np.array([self._noise(info) for info in infos]),
             step=self._step if passed is None else passed,
-            steps=self._steps,
+            steps=self._planned(apart),
             rollbacks=self._rollbacks,
             bound=np.array([info.bound for info in infos], "float64"),
             searched=self._searched,
+            attainable=np.array([info.attainable for info in infos], "float64"),
         )
         for value in reading:
             if isinstance(value, np.ndarray):
@@ -136,6 +142,12 @@ class Controller:
         if passed is None:
             self._previous = information
         return reading
+
+    def _planned(self, apart):
+        if self._steps is None:
+            return None
+        left = max(self._steps - self._due, 0)
+        return self._step + (max(left // apart, 1) if left > 0 else 0)
 
     def decide(self, reading) -> np.ndarray:
         """The policy's rates, within the bounds; ValueError for a bad answer."""
@@ -207,7 +219,7 @@ class Controller:
         Else a training to come would start from next to nothing.
         """
         if getattr(self._policy, "anneals", False):
-            self.rates.set(np.maximum(self.rates.get(), self._peak))
+            self.rates.set_own(np.maximum(self.rates.own(), self._own_peak))
 
     def roll_back(self, infos, reading, factor: float | None) -> np.ndarray:
         """Lowers the rates after a training that failed, and sets them.
@@ -232,13 +244,15 @@ class Controller:
         self.rates.set(rates)
         # As they were set, in float32: a rate below the highest by rounding would count
         # as lowered.
-        self._peak = self.rates.get()
+        self._peak, self._own_peak = self.rates.get(), self.rates.own()
         self._previous = np.array([info.accessible for info in infos])
         self._latest = self._best = self._previous
         return rates
 
     def _clipped(self, rates):
         low, high = self._bounds
+        # Where somebody else has set a rate below the bound, it may stay there.
+        low = np.minimum(low, self.rates.get())
         return np.clip(
             rates, low, self.rates.ceiling(self._start) if high is None else high
         )

@@ -159,18 +159,23 @@ def recorded(groups):
 
 @contextlib.contextmanager
 def replaced_call(layer, replaced):
-    """Context in which a layer's `call` is `replaced(layer, call)`."""
+    """Context in which a layer's `call` is `replaced(layer, call)`.
+
+    That of a quantized layer is `quantized_call`.
+    """
+    quantized = getattr(layer, "quantization_mode", None) is not None
+    name = "quantized_call" if quantized else "call"
     # On the instance, past Keras' tracking of attributes; a layer that has a `call` of
     # its own there gets it back.
-    kept = layer.__dict__.get("call")
-    layer.__dict__["call"] = replaced(layer, layer.call)
+    kept = layer.__dict__.get(name)
+    layer.__dict__[name] = replaced(layer, getattr(layer, name))
     try:
         yield
     finally:
         if kept is None:
-            del layer.__dict__["call"]
+            del layer.__dict__[name]
         else:
-            layer.__dict__["call"] = kept
+            layer.__dict__[name] = kept
 
 
 def _is_of_samples(output, samples):

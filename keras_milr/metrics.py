@@ -279,6 +279,7 @@ class MetricTable:
         self._key = monitor if monitor in found else monitor.removeprefix("val_")
         self._metric = found[self._key]
         self._unread = 0.0  # counts of earlier epochs, too few for a reading
+        self._first = []  # How much was counted after each of the first two batches.
         self.begin_epoch()
 
     @property
@@ -290,6 +291,25 @@ class MetricTable:
         """To be called after Keras has reset its metrics for an epoch."""
         self._read = 0.0
         self._trained = None
+
+    def watch(self):
+        """To be called after each batch, where it is not `fit` that trains.
+
+        Raises:
+            ValueError: where the second one has not been added to the first.
+        """
+        if len(self._first) < 2:
+            self._first.append(np.sum(self._counts()))
+            if len(self._first) == 2 and self._first[1] <= self._first[0]:
+                raise self._was_reset()
+
+    def _was_reset(self):
+        return ValueError(
+            f"The metric {self._key!r} was reset within the epoch, as "
+            "`train_on_batch` does, and `evaluate` in another callback. It must count "
+            "all of an epoch to be read; pass `probe_data` instead. "
+            "Received: probe_data=None"
+        )
 
     def begin_validation(self):
         """To be called before validation resets the metric."""
@@ -328,6 +348,8 @@ class MetricTable:
             )
         if self._validation:
             self._unread = total
+        elif np.any(total < self._read):
+            raise self._was_reset()
         else:
             self._unread, self._read = self._unread + total - self._read, total
 
@@ -349,6 +371,8 @@ class MetricTable:
         if mid_epoch:
             self._validation = False
             total = self._counts()
+            if np.any(total < self._read):
+                raise self._was_reset()
             counts = counts + total - self._read
         if np.ndim(counts) == 0:
             return None

@@ -6,8 +6,9 @@ layer has, such as `"dense"`.
 
 A pattern, a name or a regular expression, means a layer when it matches, as a whole,
 any run of segments of the layer's path: `"dense"`, `"encoder"`, `"model/encoder"` and
-`"enc.*"` all mean the one above. So the name of a block means all layers in it. Where a
-pattern is just the shown name of a layer, then for that layer it goes before others.
+`"enc.*"` all mean the one above. So the name of a block means all layers in it. What is
+a name of a layer or block is not taken for a regular expression. Where it is just the
+shown name of a layer, then for that layer it goes before others.
 """
 
 import re
@@ -50,13 +51,16 @@ def short_names(paths: list[str]) -> list[str]:
     ]
 
 
-def resolve(values: dict, paths: list[str], argument: str) -> list:
+def resolve(
+    values: dict, paths: list[str], argument: str, may_miss: bool = False
+) -> list:
     """The value that the patterns give to each layer.
 
     Args:
         values: Dict from pattern to value.
         paths: The layers.
         argument: Name of the argument that `values` came from, for errors.
+        may_miss: Whether a pattern may mean no layer. Defaults to `False`.
 
     Returns:
         A list with the value of each layer, None where no pattern means it.
@@ -70,7 +74,7 @@ def resolve(values: dict, paths: list[str], argument: str) -> list:
     given = [{} for _ in paths]
     for pattern, value in values.items():
         found = _meant(pattern, paths, argument)
-        if not found:
+        if not found and not may_miss:
             raise ValueError(
                 f"Argument `{argument}` names no layer with {pattern!r}. Use a name "
                 "or a regular expression that matches as a whole. The layers with "
@@ -115,17 +119,16 @@ def _meant(pattern, paths, argument):
             f"Received: {pattern!r} of type {type(pattern).__name__}"
         )
     runs = [_runs(path) for path in paths]
-    found = {i for i, of_one in enumerate(runs) if pattern in of_one}
+    found = [i for i, of_one in enumerate(runs) if pattern in of_one]
+    if found:  # A name need not be a regular expression, and may be another one.
+        return found
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        if found:  # A name need not be a regular expression.
-            return sorted(found)
         raise ValueError(
             f"Argument `{argument}` must name layers with names or regular "
             f"expressions. Received: {pattern!r}, which is none: {error}"
         ) from error
-    found |= {
+    return [
         i for i, of_one in enumerate(runs) if any(map(expression.fullmatch, of_one))
-    }
-    return sorted(found)
+    ]

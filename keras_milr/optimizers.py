@@ -45,7 +45,8 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             `LossScaleOptimizer`, which goes around the wrapper.
         multipliers: Dict from layer to multiplier, a finite number, at least 0; a key
             is a name or a regular expression. Layers that are not named have 1.
-            With 0 a layer's weights stay as they are, weight decay included.
+            With 0 a layer's weights stay as they are, weight decay included; only a
+            constraint still applies.
             Defaults to `None`: 1 for all.
         layer_decay: Float in (0, 1], the ratio between the multipliers of a layer and
             of the next one above it; the last has 1. Multiplied with `multipliers`.
@@ -171,8 +172,13 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
                 "of `fit`, or by `optimizer.build(model.trainable_variables)`."
             )
 
-    def _start_multipliers(self, variables):
-        """Layers and multipliers by the arguments: paths, owners, values."""
+    def _start_multipliers(self, variables, may_miss=False):
+        """Layers and multipliers by the arguments: paths, owners, values.
+
+        Args:
+            variables: Those that the optimizer trains.
+            may_miss: Whether the arguments may name layers that are not among them.
+        """
         paths, owners = names.owner_paths(variables)
         multipliers, decay, order = self._given
         values = np.ones(len(paths))
@@ -180,7 +186,7 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             rungs = list(range(len(paths)))
             if order is not None:
                 by_pattern = {pattern: rung for rung, pattern in enumerate(order)}
-                rungs = names.resolve(by_pattern, paths, "layer_order")
+                rungs = names.resolve(by_pattern, paths, "layer_order", may_miss)
                 shown = names.short_names(paths)
                 missing = [n for n, r in zip(shown, rungs, strict=True) if r is None]
                 if missing:
@@ -190,7 +196,7 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
                     )
             values *= decay ** (max(rungs) - np.array(rungs))
         if multipliers:
-            given = names.resolve(multipliers, paths, "multipliers")
+            given = names.resolve(multipliers, paths, "multipliers", may_miss)
             values *= [1.0 if value is None else float(value) for value in given]
         return paths, owners, values
 
@@ -204,7 +210,7 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
                 "shapes), so the multipliers are those of its arguments.",
                 stacklevel=4,
             )
-            return self._start_multipliers(variables)
+            return self._start_multipliers(variables, may_miss=True)
         return (self._saved[key] for key in ("paths", "owners", "values"))
 
     # -------------------------------------------------------- as Keras' optimizers
@@ -232,6 +238,10 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             trainable_variables = _keras.trained_variables(self)
         self.inner_optimizer.apply(grads, trainable_variables)
 
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
+
     @property
     def variables(self):
         return _keras.own_variables(self) + self.inner_optimizer.variables
@@ -249,11 +259,13 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
 
     def load_own_variables(self, store):
         variables = _keras.own_variables(self)
-        if len(store.keys()) != len(variables):
+        shapes = [tuple(variable.shape) for variable in variables]
+        saved = [np.shape(store[str(i)]) for i in range(len(store.keys()))]
+        if saved != shapes:  # Of other layers, or some are frozen.
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}', because it "
-                f"has {len(variables)} variables whereas the saved optimizer has "
-                f"{len(store.keys())} variables.",
+                f"has variables of shapes {shapes} whereas the saved optimizer has "
+                f"{saved}.",
                 stacklevel=2,
             )
             return

@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 
-from keras_milr import policies
+from keras_milr import _keras, policies
+from keras_milr.metrics import MutualInformation
 
 _MOST_LINES = 8  # More layers than this are shown as a map.
 _POINTS = 20  # from one reading to the next: a straight line has a bend on this axis
@@ -202,8 +203,7 @@ def _series_of_logs(history):
             "value": "probe_mutual_information",
         }
         if "probe_information" not in logs:
-            metrics = ("val_mutual_information", "mutual_information")
-            names["value"] = next((key for key in metrics if key in logs), "")
+            names["value"] = next(filter(logs.get, _metrics(history.model)), "")
     series |= {k: np.asarray(logs[v]) for k, v in names.items() if v in logs}
     if "rate" not in series or len(series) == 1:
         raise ValueError(
@@ -211,6 +211,14 @@ def _series_of_logs(history):
             f"in its logs. Received: keys {sorted(logs)}"
         )
     return series | {"epoch": np.asarray(history.epoch) + 1, "glides": False}
+
+
+def _metrics(model):
+    """Log keys that `MutualInformation` metrics may have, of validation first."""
+    metrics = {} if model is None else _keras.metrics(model)
+    found = [k for k, one in metrics.items() if isinstance(one, MutualInformation)]
+    found = found or ["mutual_information"]  # Logs may come without their model.
+    return [prefix + key for prefix in ("val_", "") for key in found]
 
 
 def plot_range(found):
@@ -243,6 +251,8 @@ def plot_range(found):
     bottom.set_ylim(0, 1)
     bottom.set_xlabel("learning rate")
     bottom.set_xscale("log")
+    if len(found.rates) == 1:
+        bottom.set_xlim(found.rates[0] / 3, found.rates[0] * 3)
     for part in axes:
         part.axvspan(found.min_lr, found.max_lr, color="C0", alpha=0.07)
         part.axvline(found.best_lr, color="C3", lw=1)

@@ -59,6 +59,9 @@ class Reading(NamedTuple):
             layers read otherwise. `None` counts as NaN.
         searched: Whether a range test found the start rates, so that none far above
             them learns better. Defaults to `False`.
+        attainable: How much of H(Y) there seems to be to learn, where labels are noisy,
+            nats; see `readouts.Information`. NaN where it is not known. `None` counts
+            as NaN.
     """
 
     rate: np.ndarray
@@ -74,10 +77,12 @@ class Reading(NamedTuple):
     rollbacks: int
     bound: np.ndarray | None = None
     searched: bool = False
+    attainable: np.ndarray | None = None
 
 
 Policy = Callable[[Reading], np.ndarray]
 
+_UNKNOWN = ("bound", "attainable")  # Fields of a reading that may be NaN.
 _TINY = np.finfo("float32").tiny  # In float32 rates are set.
 _SOON = 0.2  # Share of the missing information, in a part of the first epoch.
 _SURE = 10  # Standard errors, where there are no probabilities.
@@ -206,6 +211,10 @@ class _MissingShare(_Configured):
         # perfect prediction reaches, is 8 times what one with R² = .5 says.
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
         little = known < share * reading.reference
+        # Of a rate that is about right half is known after a quarter of an epoch: of
+        # what there is to know, and not of what is noise.
+        there = np.fmin(reading.reference, reading.attainable)
+        soon = little | (reading.information < 0.5 * there)
         # Nothing far above a rate that a range test found learns better.
         little &= not reading.searched
         may_grow = (
@@ -216,8 +225,7 @@ class _MissingShare(_Configured):
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):
-            # Of a rate that is about right half is known after a quarter of an epoch.
-            may_grow &= early | (reading.rate > reading.start_rate)
+            may_grow &= soon | (reading.rate > reading.start_rate)
             threshold = max(threshold, _SOON)
         # A gain over an epoch may hide a loss since its quarters.
         learns = (gain > threshold) & (
@@ -259,7 +267,8 @@ class ReferenceLevel(_MissingShare):
        counts go to and fro then; else the rate stays while less than half is reached,
        be it a low rate or noise in the labels that it comes from. This mends a start
        that is far too low. Within the first epoch it begins only while less than half
-       is reached. A raise that costs information is undone.
+       is reached of what seems `attainable`, or less than a quarter. A raise that
+       costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -337,7 +346,8 @@ class ThresholdDecay(_MissingShare):
        also if the information falls, since counts go to and fro then; else it stays
        while less than half is reached, be it a low rate or noise in the labels that it
        comes from. Within the first epoch it begins only while less than half is
-       reached. A raise that costs information is undone.
+       reached of what seems `attainable`, or less than a quarter. A raise that costs
+       information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
@@ -503,9 +513,9 @@ def _checked(reading: Reading) -> Reading:
                 )
     check_bool("reading.searched", reading.searched)
     arrays = {}
-    for name in (*Reading._fields[:8], "bound"):
+    for name in (*Reading._fields[:8], *_UNKNOWN):
         value = getattr(reading, name)
-        if name == "bound" and value is None:
+        if name in _UNKNOWN and value is None:
             value = np.full(arrays["rate"].shape, np.nan)
         try:
             array = np.asarray(value)
@@ -521,7 +531,7 @@ def _checked(reading: Reading) -> Reading:
             single = array.astype("float32")
         least = -np.inf if name in ("information", "previous", "best") else 0.0
         bad = ~np.isfinite(single) | (single < least)
-        if name == "bound":
+        if name in _UNKNOWN:
             bad &= ~np.isnan(single)
         bad |= (single == 0) & (name == "reference")
         if np.any(bad):

@@ -4,6 +4,8 @@ Both kinds go through `model.optimizer` every time. On JAX the trainer has its s
 within an epoch: there a callback must have asked for `self.model` before.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 
@@ -35,6 +37,9 @@ class NetworkRate:
 
     # What is ours to set between readings: all of the rate.
     own, set_own = get, set
+
+    def keep_base(self, base: float):
+        """Nothing: the rate is set after a roll back in any case."""
 
     def ceiling(self, start: np.ndarray) -> float:
         """Upper bound, where none is given, after the rates at the start.
@@ -124,6 +129,11 @@ class LayerRates:
             for name, share in shares.items():
                 multipliers[name] = float(value * share)
         optimizer.set_multipliers(multipliers)
+
+    def keep_base(self, base: float):
+        """Sets the optimizer's rate, which others set, back after a roll back."""
+        with contextlib.suppress(TypeError):  # A schedule goes by its own steps.
+            self._model.optimizer.learning_rate = base
 
     def ceiling(self, start: np.ndarray) -> float:
         """The same; it moves with the base, which others warm up, and is nearer."""

@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from keras_milr import backend
+from keras_milr import _keras, backend
 from keras_milr.readouts import Information
 from keras_milr.untouched import assign
 
@@ -207,7 +207,8 @@ class Rollback:
 
     def _variables(self):
         model = self._model
-        return [*model.weights, *model.optimizer.variables, *backend.buffers(model)]
+        of_layers = [*backend.buffers(model), *_keras.states(model)]
+        return [*model.weights, *model.optimizer.variables, *of_layers]
 
     def _values(self):
         # Copies: the array may be a view of the memory that is trained in.

@@ -8,7 +8,7 @@ from keras_milr import _keras
 _LEAST_READINGS = 6  # of a training, for a policy that anneals
 _LEAST_PART = 20  # batches from one reading within an epoch to the next
 _GLIDE_STEPS = 10  # To set a rate takes as long as to train a small network.
-_STATE = ("first_epoch", "divided", "since_reading")
+_STATE = ("first_epoch", "divided", "since_reading", "skipped", "apart")
 
 
 class Timing:
@@ -25,6 +25,8 @@ class Timing:
         first_epoch: Where the training has begun.
         divided: Into how many parts readings divide each epoch.
         since_reading: With a number of batches, how many were trained since a reading.
+        skipped: How many readings were due since the last one, but had nothing to read.
+        apart: In how many that are due the next one is expected, after the last two.
         steps: Batches of an epoch, where that is known beforehand, else None.
         length: The same, or as many as the last epoch had.
     """
@@ -47,7 +49,9 @@ class Timing:
             anneals: Whether readings shall divide epochs where there are few.
         """
         self.first_epoch, self.divided, self.since_reading = epoch, 1, 0
-        if anneals and self._per_epoch and None not in (self._epochs, self.steps):
+        self.skipped, self.apart = 0, 1
+        known = None not in (self._epochs, self.steps) and self._epochs > epoch
+        if anneals and self._per_epoch and known:
             wanted = -(-_LEAST_READINGS // (self._epochs - epoch))
             hooks = -(-self.steps // self._batches_at_once)
             self.divided = max(1, min(wanted, self.steps // _LEAST_PART, hooks))
@@ -60,8 +64,8 @@ class Timing:
         """Goes on from a `state()`, which may be forged."""
         for name in _STATE:
             setattr(self, name, state[name])
-        if self.divided == 0:
-            raise ValueError("epochs in no parts")
+        if self.divided == 0 or self.skipped < 0 or self.apart < 1:
+            raise ValueError("no numbers of readings and parts of an epoch")
 
     @property
     def readings(self) -> int | None:
@@ -118,13 +122,27 @@ class Timing:
         if length is None:
             return None
         done = min(batch if self._per_epoch else self.since_reading, length - 1)
-        done = self.divided * done % length
+        done = self.divided * done % length + self.skipped * length
+        length *= self.apart
+        done = min(done, length - 1)
         steps = min(_GLIDE_STEPS, -(-length // (self.divided * self._batches_at_once)))
         step = readings, steps * done // length
         if step == self._glided:
             return None
         self._glided = step
         return (step[1] + 0.5) / steps
+
+    def skip(self):
+        """Notes a reading that was due, but had nothing to read."""
+        self.skipped += 1
+
+    def take(self) -> int:
+        """Notes a reading; how many were due since the last one, with this."""
+        apart, self.skipped = self.skipped + 1, 0
+        self.apart = apart
+        if apart > 1 and self._per_epoch and self._epochs is not None:
+            self.apart = max(1, min(apart, self._epochs - self.epoch - 1))
+        return apart
 
     def is_due_after(self, batch: int) -> bool:
         """Counts a batch that was trained; whether a reading is due after it."""

@@ -43,9 +43,9 @@ def untouched(model):
 
     The model trains with a copy of its optimizer and a train function of its own, both
     put away afterwards; an optimizer that was not built is still not. The compiled
-    metrics are left out of it. Weights, statistics, the states of random seeds, buffers
-    and modes of PyTorch's modules, and the metrics that the model itself owns are set
-    back.
+    metrics are left out of it. Weights, statistics, the states of random seeds and of
+    recurrent layers, buffers and modes of PyTorch's modules, and the metrics that the
+    model itself owns are set back.
 
     What is kept elsewhere is not known: a second optimizer in a custom `train_step`,
     say, or what a layer writes into Python attributes.
@@ -58,7 +58,7 @@ def untouched(model):
     """
     variables = _kept(model.trainable_variables)
     variables += _kept(_on_each_replica(model, model.non_trainable_variables))
-    variables += _kept(backend.buffers(model))
+    variables += _kept(backend.buffers(model)) + _kept(_keras.states(model))
     optimizer = _copy_optimizer(model)
     slots = _kept(optimizer.variables)
 

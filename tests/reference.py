@@ -155,6 +155,12 @@ def relative_change(r, expected=0.05, floor=0.1, max_factor=1.5):
     return r["rate"] * min(max(factor, 1 / max_factor), max_factor)
 
 
+def there(r):
+    """What there is to know."""
+    unknown = r["attainable"] is None or math.isnan(r["attainable"])
+    return r["reference"] if unknown else min(r["reference"], r["attainable"])
+
+
 def reference_level(
     r, share=0.1, cut=0.5, hold=0.02, floor=0.01, grow_steps=8, grow_below=0.8
 ):
@@ -171,6 +177,7 @@ def reference_level(
     if probabilities:
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
     sure = probabilities or change > 10 * r["noise"]
+    soon = little or r["information"] < 0.5 * there(r)
     little = little and not r["searched"]
     begins = 0 < r["step"] < 1
     if (
@@ -178,7 +185,7 @@ def reference_level(
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
         and (little or gain >= 0)
-        and (early or not begins or r["rate"] > r["start_rate"])
+        and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]
@@ -216,6 +223,7 @@ def threshold_decay(
     if probabilities:
         little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
     sure = probabilities or change > 10 * r["noise"]
+    soon = little or r["information"] < 0.5 * there(r)
     little = little and not r["searched"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
@@ -227,7 +235,7 @@ def threshold_decay(
         and r["rollbacks"] == 0
         and r["rate"] >= r["peak_rate"]
         and (little or gain >= 0)
-        and (early or not begins or r["rate"] > r["start_rate"])
+        and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]

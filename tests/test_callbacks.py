@@ -793,6 +793,47 @@ class TestTheMetricAsSource:
             fit(callback, digits, self.compiled(), epochs=4, **options)
         assert [r["epoch"] for r in callback.history] == [1, 3]
 
+    @pytest.mark.filterwarnings("ignore:.* is not available:UserWarning")
+    @pytest.mark.parametrize("every", [1, 2, 4, 5])
+    def test_the_rate_comes_down_however_often_there_is_a_validation(
+        self, digits, every
+    ):
+        callback = keras_milr.MutualInformationLR(monitor="val_mutual_information")
+        options = {"validation_data": digits, "validation_freq": every}
+        history = fit(callback, digits, self.compiled(), epochs=20, **options).history
+        rates = history["learning_rate"]
+        assert rates[-1] < 0.2 * max(rates)
+        assert rates[11] > 0.5 * max(rates[:12])
+        last = callback.history[-1]
+        assert last["step"] == last["steps"] == 20 // every
+
+    @pytest.mark.parametrize("update_freq", ["epoch", 1, 7])
+    def test_a_loop_that_resets_the_metric_is_refused(self, digits, update_freq):
+        """As `train_on_batch` does before each batch."""
+        x, y = digits
+        model = self.compiled()
+        callback = keras_milr.MutualInformationLR(keep, update_freq=update_freq)
+        hooks = keras.callbacks.CallbackList([callback], model=model, epochs=1)
+        hooks.on_train_begin()
+        hooks.on_epoch_begin(0)
+        logs = model.train_on_batch(x[:50], y[:50], return_dict=True)
+        hooks.on_train_batch_end(0, logs)
+        logs = model.train_on_batch(x[50:90], y[50:90], return_dict=True)
+        with pytest.raises(ValueError, match=r"was reset .*train_on_batch.*probe_data"):
+            hooks.on_train_batch_end(1, logs)
+
+    @pytest.mark.backends("tensorflow", "torch", reason="a step on JAX has no state")
+    def test_an_evaluation_within_the_epoch_is_refused(self, digits):
+        x, y = digits
+        meddler = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: (
+                batch == 30 and meddler.model.evaluate(x[:99], y[:99], verbose=0)
+            )
+        )
+        callback = keras_milr.MutualInformationLR(keep, update_freq=20)
+        with pytest.raises(ValueError, match=r"reset within the epoch.*`evaluate`"):
+            fit(None, digits, self.compiled(), callbacks=[callback, meddler])
+
     def test_a_metric_used_since_is_refused(self, digits):
         x, y = digits
         meddler = keras.callbacks.LambdaCallback(

@@ -449,3 +449,66 @@ class TestErrors:
         fit(make(lambda r: 5e-4, digits), digits, model, epochs=1)
         values = list(model.optimizer.multipliers.values())
         np.testing.assert_allclose(values, [0.5, 0.5, 0.5], rtol=1e-6)
+
+
+def test_a_base_that_is_lowered_stays_after_a_roll_back(digits):
+    """By another callback; layers that are not named would train at the old one."""
+
+    class Lower(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.optimizer.learning_rate = 1e-4
+
+        def on_epoch_end(self, epoch, logs=None):
+            bases.append(float(self.model.optimizer.learning_rate))
+
+    class Break(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            kernel = self.model.layers[0].kernel
+            if epoch == 1:
+                kernel.assign(np.full(kernel.shape, np.nan, "float32"))
+
+    bases, model = [], make_model()
+    callbacks = [Break(), make(keep, digits, layers="out"), Lower()]
+    with pytest.warns(UserWarning, match="epoch 2, .* not finite"):
+        fit(callbacks, digits, model, epochs=3)
+    np.testing.assert_allclose(bases, [1e-3, 1e-4, 1e-4], rtol=1e-6)
+    multipliers = model.optimizer.multipliers
+    assert multipliers["first"] == 1 > multipliers["out"] > 0
+
+
+def test_a_schedule_of_the_base_does_not_end_in_the_multipliers(digits):
+    def lower(epoch):
+        return 1e-3 * 0.1**epoch
+
+    model = make_model()
+    scheduler = keras.callbacks.LearningRateScheduler(lower)
+    callback = make("decay", digits)
+    fit([scheduler, callback], digits, model, epochs=5)
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-7, rel=1e-3)
+    highest = {
+        name: max(
+            record["rate"][name] / lower(max(record["epoch"], 0))
+            for record in callback.history
+        )
+        for name in LAYERS
+    }
+    found = model.optimizer.multipliers
+    assert max(found.values()) <= 10.0
+    for name in LAYERS:
+        assert found[name] >= 0.99 * min(highest[name], 1.0)
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_quantized_layers_are_read(digits, mode):
+    model = make_model()
+    if mode == "int8":  # Of which Keras trains what LoRA adds.
+        model.layers[0].enable_lora(2)
+    model.layers[0].quantize(mode)
+    optimizer = LayerwiseOptimizer(keras.optimizers.Adam(1e-2))
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    callback = make(keep, digits)
+    fit(callback, digits, model, epochs=3)
+    assert list(callback.history[-1]["value"]) == LAYERS
+    assert callback.history[-1]["value"]["first"] > 1.0
+    assert "quantized_call" not in vars(model.layers[0])

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -653,3 +654,81 @@ class TestBadInput:
 
 def test_is_exported():
     assert keras_milr.LayerwiseOptimizer is LayerwiseOptimizer
+
+
+def two_layers(frozen=False, **options):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, name="a", **options),
+            keras.layers.Dense(1, name="b"),
+        ]
+    )
+    model.layers[0].trainable = not frozen
+    multipliers = {"b": 1.0} if frozen else {"a": 0.5, "b": 0.25}
+    model.compile(LayerwiseOptimizer("adam", multipliers), "mse")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["model.keras", "model.weights.h5"])
+def test_a_file_of_more_layers_than_are_trained_now(kind, tmp_path):
+    """As Keras does it: the weights are loaded, and the optimizer is left out."""
+    x = np.ones((8, 4), "float32")
+    model = two_layers()
+    model.fit(x, x[:, :1], verbose=0)
+    model.layers[0].trainable = False
+    path = tmp_path / kind
+    whole = kind.endswith("keras")
+    (model.save if whole else model.save_weights)(path)
+    loaded = two_layers(frozen=True)
+    loaded.optimizer.build(loaded.trainable_variables)
+    load = keras.models.load_model if whole else loaded.load_weights
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = load(path) or loaded
+    said = [str(one.message) for one in said if one.category is UserWarning]
+    assert (
+        sum("Skipping variable loading for optimizer 'layerw" in m for m in said) == 1
+    )
+    assert loaded.optimizer.multipliers == {"b": 0.25 if whole else 1.0}
+    for a, b in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
+
+
+def test_a_step_that_is_interrupted_leaves_the_rate_alone():
+    class Interrupted(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            if interrupts:
+                raise KeyboardInterrupt
+            super().update_step(gradient, variable, learning_rate)
+
+    interrupts = True
+    variable = keras.Variable(np.ones(2, "float32"), name="v")
+    optimizer = LayerwiseOptimizer(Interrupted(0.5), {"v": 0.1})
+    optimizer.build([variable])
+    with pytest.raises(KeyboardInterrupt):
+        update(optimizer, [keras.ops.ones(2)], [variable])
+    assert float(optimizer.learning_rate) == 0.5
+    interrupts = False
+    update(optimizer, [keras.ops.ones(2)], [variable])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), 0.95)
+
+
+def test_apply_gradients_returns_the_number_of_steps():
+    variable = keras.Variable(np.ones(2, "float32"), name="v")
+    optimizer = LayerwiseOptimizer("sgd")
+    for step in (1, 2):
+        made = optimizer.apply_gradients([(keras.ops.ones(2), variable)])
+        assert int(made) == step
+
+
+def test_a_name_is_not_a_regular_expression():
+    names = ["conv.1", "convx1"]
+    variables = [
+        keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name=name)])
+        for name in names
+    ]
+    variables = [v for model in variables for v in model.trainable_variables]
+    optimizer = LayerwiseOptimizer("sgd", {"conv.1": 0.5})
+    optimizer.build(variables)
+    assert list(optimizer.multipliers.values()) == [0.5, 1.0]

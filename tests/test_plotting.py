@@ -175,3 +175,26 @@ def test_of_frozen_layers(with_layers):
     ]
     figure = keras_milr.plot_history(frozen)
     figure.canvas.draw()
+
+
+def test_of_a_metric_of_another_name(digits):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10, "softmax")])
+    metrics = ["accuracy", keras_milr.MutualInformation(name="nats")]
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=metrics)
+    callback = keras_milr.MutualInformationLR()
+    history = model.fit(*digits, epochs=2, verbose=0, callbacks=[callback])
+    figure = keras_milr.plot_history(history)
+    drawn = lines(figure)["counted mutual information"].get_ydata()
+    np.testing.assert_allclose(drawn, history.history["nats"])
+
+
+def test_of_a_single_candidate(digits):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10, "softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    found = keras_milr.lr_range_test(
+        model, *digits, candidates=[0.01], steps=10, verbose=0
+    )
+    figure = found.plot()
+    figure.canvas.draw()
+    low, high = figure.axes[-1].get_xlim()
+    assert 0 < low < 0.005 < 0.02 < high < 0.1

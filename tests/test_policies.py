@@ -67,6 +67,7 @@ def readings(draw, size=1):
         rollbacks=draw(st.sampled_from([0, 0, 1])),
         bound=information * array(st.sampled_from([np.nan, 0.0, 0.5, 1.0])),
         searched=draw(st.booleans()),
+        attainable=ceiling * array(st.sampled_from([np.nan, 0.0, 0.5, 0.9, 1.0])),
     )
 
 
@@ -96,7 +97,8 @@ def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
 @given(reading=readings(), unit=st.sampled_from([1 / np.log(2), 1e-3, 1e3]))
 def test_unit_free(policy, reading, unit):
     """Nats or bits, the rates are the same."""
-    fields = ("information", "previous", "best", "reference", "noise", "bound")
+    fields = ("information", "previous", "best", "reference", "noise")
+    fields = (*fields, "bound", "attainable")
     other = reading._replace(**{f: getattr(reading, f) * unit for f in fields})
     # Away from the thresholds, where rounding may tip the balance.
     change = np.abs(reading.information - reading.previous)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_milr import LayerwiseOptimizer
+from keras_milr import LayerwiseOptimizer, policies
 from keras_milr.controller import Controller
 from keras_milr.rates import LayerRates, NetworkRate
 from keras_milr.readouts import Information
@@ -301,6 +301,48 @@ def test_a_policy_that_tries_rates_says_so(undoes):
     assert not resumed.tries()
     # Rounded to float32, the rate is still the highest so far.
     assert resumed.read(infos).rate == resumed.read(infos).peak_rate
+
+
+def test_readings_further_apart_are_fewer():
+    """Of ten that were planned, one in three is taken."""
+    seen = []
+    control = controller(
+        NetworkRate(make_model("sgd")), lambda r: seen.append(r) or r.rate
+    )
+    infos = [Information(1.0, 1.0, 2.0, 0.0, 0.01)]
+    for apart in (1, 3, 3):
+        control.act(control.read(infos, apart=apart))
+    resumed = controller(control.rates, lambda r: r.rate, state=control.state())
+    last = resumed.read(infos, apart=3)
+    # At 0, 3, 6 and 9 of 10: one is left while there is any time.
+    assert [(r.step, r.steps) for r in (*seen, last)] == [
+        *((0, 10), (1, 3), (2, 3), (3, 4)),
+    ]
+
+
+def test_no_multiplier_makes_up_for_a_base_below_the_bound():
+    """Another callback brings it down to next to nothing."""
+    model = make_model(layerwise(0.01))
+    control = controller(LayerRates(model, "all"), lambda r: r.rate / 2, min_lr=1e-6)
+    act(control)
+    model.optimizer.learning_rate = 1e-8
+    act(control, 2)
+    np.testing.assert_allclose(list(model.optimizer.multipliers.values()), 0.5)
+
+
+def test_what_anneals_ends_at_the_highest_multipliers():
+    """And not at multipliers that would give the highest rates at the base of then."""
+    model = make_model(layerwise(0.01, {"c": 0.5}))
+    control = controller(LayerRates(model, "all"), policies.ThresholdDecay())
+    infos = [Information(1.0, 1.0, 2.0, 0.0, 0.01)] * 3
+    for base, own in ((0.01, [1.0, 1.0, 2.0]), (1e-8, [0.1, 3.0, 0.1])):
+        model.optimizer.learning_rate = base
+        control.rates.set_own(np.array(own))
+        control.read(infos)
+    control.rates.set_own(np.array([0.1, 0.1, 0.1]))
+    control.end()
+    values = list(model.optimizer.multipliers.values())
+    np.testing.assert_allclose(values, [1.0, 3.0, 2.0], rtol=1e-6)
 
 
 def test_only_a_layer_that_was_raised_from_its_start_comes_back_at_a_half():

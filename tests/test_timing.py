@@ -119,12 +119,41 @@ def test_the_way_of_an_epoch_of_few_batches():
     assert [way for _, way in ways] == [0.125, 0.375, 0.625, 0.875]
 
 
+def test_the_way_goes_on_over_epochs_without_a_reading():
+    """Of a validation in every third epoch, seven in all."""
+    timing = make(epochs=7, steps=20)
+    timing.start(0, anneals=True)
+    ways = []
+    for epoch in range(7):
+        timing.begin_epoch(epoch)
+        ways.append([timing.way(batch, epoch // 3) for batch in range(20)])
+        if epoch % 3 == 2:
+            assert timing.take() == 3
+        else:
+            timing.skip()
+    # Until the first reading nobody knows that it takes three epochs. After the second
+    # there is one more epoch.
+    assert [way for one in ways[3:6] for way in one if way] == pytest.approx(
+        [(k + 0.5) / 10 for k in range(10)]
+    )
+    assert [way for way in ways[6] if way] == pytest.approx(
+        [(k + 0.5) / 10 for k in range(10)]
+    )
+
+
+def test_a_loop_may_begin_where_fit_would_end():
+    timing = make(epochs=3, steps=20)
+    timing.start(3, anneals=True)
+    assert timing.divided == 1
+
+
 def test_a_state_goes_on():
     timing = make(7, epochs=3, steps=10)
     train(timing, 1, 10)
     resumed = make(7, epochs=3, steps=10)
     resumed.resume(timing.state())
-    assert resumed.state() == {"first_epoch": 0, "divided": 1, "since_reading": 3}
+    state = {"first_epoch": 0, "divided": 1, "since_reading": 3}
+    assert resumed.state() == state | {"skipped": 0, "apart": 1}
     assert resumed.readings == timing.readings
     resumed.begin_epoch(1)
     assert [b for b in range(10) if resumed.is_due_after(b)] == [3]

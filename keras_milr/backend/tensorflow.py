@@ -142,11 +142,18 @@ def fresh(data):
             ).numpy()
         )
         own = graph.node.add(name="own_seed_generator", op="DummySeedGenerator")
+        cache = graph.node.add(name="own_cache", op="DummyMemoryCache")
         place = {"ShuffleDatasetV3": 4, "RandomDatasetV2": 2}
         place["ShuffleAndRepeatDatasetV2"] = 5
-        for node in graph.node:
+        drawn = set()  # Nodes that depend on the order of a shuffle.
+        for node in graph.node:  # Each comes after its inputs.
             if node.op in place:
                 node.input[place[node.op]] = own.name
+            if node.op in place or drawn.intersection(node.input):
+                drawn.add(node.name)
+            if node.op == "CacheDatasetV2" and node.name in drawn:
+                # What it keeps would be the order of the copy. Others are shared.
+                node.input[2] = cache.name
         variant = tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
         return tf.data.experimental.from_variant(variant, data.element_spec)
     except tf.errors.OpError as error:

@@ -21,6 +21,7 @@ from keras_milr.readouts.columns import Columns, label_counts
 from keras_milr.readouts.linear import LinearReadout
 from keras_milr.readouts.predictions import (
     Predictions,
+    attainable,
     from_counts,
     predicted_class,
     prediction_counts,
@@ -39,6 +40,7 @@ __all__ = [
     "LinearReadout",
     "Predictions",
     "UnitHistogram",
+    "attainable",
     "from_array",
     "from_counts",
     "label_counts",

@@ -314,6 +314,7 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
         stderr=float(information.standard_error(counts)),
         bound=float(np.clip(bound, 0.0, entropy)),
         bound_stderr=float(bound_stderr),
+        attainable=attainable(counts),
     )
     # By the classes in the labels, which stay the same in every reading; by those
     # predicted, the estimator would change in the middle of a training. Sums of
@@ -321,6 +322,37 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
     if labels.sum() * (1 + 1e-6) >= 5 * np.count_nonzero(labels) ** 2:
         return result
     return _by_bound(result, labels, np.diagonal(counts), counts[-1])
+
+
+def attainable(counts) -> float:
+    """What would be known if every class were predicted as surely as the surest.
+
+    Of labels with noise not even a perfect predictor knows H(Y), and what will not be
+    known looks like what has still to be learned. But some classes are learned soon,
+    and how often their predictions are right shows the noise. With q the share of the
+    predictions of a class that are right, and p its share of the labels:
+
+        max over classes of  q log(q / p) + (1 − q) log((1 − q) / (1 − p)),
+
+    at most H(Y). One more prediction counts as right, so that nothing is held against a
+    class that is hardly predicted yet. The formula is our own; it takes errors to fall
+    on the other classes by their shares, and noise to be alike in all classes.
+
+    Args:
+        counts: Table of shape `(K + 1, K)`: see `prediction_counts`.
+
+    Returns:
+        Nats.
+    """
+    labels = counts.sum(axis=0)
+    here = (labels > 0) & (labels < labels.sum())
+    share = labels[here] / max(labels.sum(), 1e-30)
+    right = np.diagonal(counts)[here] + 1.0
+    right = right / (counts[:-1].sum(axis=1)[here] + 1.0)
+    wrong = np.maximum(1.0 - right, 1e-30)
+    known = right * np.log(right / share) + wrong * np.log(wrong / (1.0 - share))
+    most = np.max(known, initial=0.0, where=right > share)
+    return float(min(most, information.entropy(labels)))
 
 
 def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Information:

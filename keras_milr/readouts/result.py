@@ -31,6 +31,10 @@ class Information(NamedTuple):
             not measured.
         repeated: Share of the samples whose outputs are those of the sample before, of
             the same batch, within 1e-6. NaN where it was not measured.
+        attainable: What would be known if every class were predicted as surely as the
+            surest, at most `entropy`: most of what is to be learned where labels are
+            noisy. An estimate from above, see `readouts.attainable`. NaN where it was
+            not made.
         estimator: What `value` is: `"counts"`, `"bound"` or `"fano"`; of a mean of
             different ones `"mixed"`.
     """
@@ -45,6 +49,7 @@ class Information(NamedTuple):
     cross_entropy: float = float("nan")
     variation: float = float("nan")
     repeated: float = float("nan")
+    attainable: float = float("nan")
     estimator: str = "counts"
 
     @property

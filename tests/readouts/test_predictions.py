@@ -186,6 +186,34 @@ def test_outputs_that_are_no_probabilities_have_no_bound():
     assert info.noise == 0.5 * info.stderr
 
 
+class TestAttainable:
+    @pytest.mark.parametrize("share", [0.0, 0.2, 0.4])
+    @pytest.mark.parametrize("known", [3, 10])
+    def test_is_what_a_perfect_predictor_knows(self, share, known):
+        """Also where it knows some classes only, and guesses among the others."""
+        rng = np.random.default_rng(0)
+        true = rng.integers(0, 10, 200_000)
+        drawn = rng.integers(0, 10, true.size)
+        labels = np.where(rng.random(true.size) < share, drawn, true)
+        everything = mutual_info_score(labels, true)
+        guess = rng.integers(known, 10, true.size) if known < 10 else true
+        predicted = np.where(true < known, true, guess)
+        counts = np.zeros((11, 10))
+        np.add.at(counts, (predicted, labels), 1)
+        found = readouts.attainable(counts)
+        # The largest of `known` errors, each of .006 nats at most.
+        assert found == pytest.approx(everything, abs=0.02)
+        if known < 10:
+            assert mutual_info_score(labels, predicted) < 0.6 * found
+
+    def test_nothing_is_held_against_what_is_not_predicted(self):
+        """A network that says one class always: the others might be known."""
+        counts = np.zeros((4, 3))
+        counts[0] = 50, 30, 20
+        entropy = information.entropy(np.array([50.0, 30, 20]))
+        assert readouts.attainable(counts) == pytest.approx(entropy)
+
+
 class TestManyClasses:
     def test_counts_serve_from_five_samples_a_cell(self):
         for n, estimator in ((500, "counts"), (499, "bound")):
