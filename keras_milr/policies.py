@@ -52,9 +52,9 @@ class Reading(NamedTuple):
         step: Number of this reading: 1 for the one after the first epoch (or the first
             `update_freq` batches); within the first epoch the share of it that has
             passed.
-        steps: Number of readings planned, or None where it is not known. Where some have
-            nothing to read, as in epochs without validation, the next ones are expected
-            as far apart as the last two.
+        steps: Number of readings planned, or None where it is not known. Where some
+            have nothing to read, as in epochs without validation, the next ones are
+            expected as far apart as the last two.
         rollbacks: How often the training has been rolled back.
         bound: H(Y) − CE, the part of the information that the probabilities say, at
             least 0, nats; NaN where the outputs are not probabilities, and of hidden
