@@ -184,14 +184,14 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
     batches.check_inputs(first[0])
     plan = _Plan(model, first[0], first[1], output, kind)
     most = 2 * size if plan.bins else size  # Bins are not known before the targets are.
-    pool, batch_sizes = _Pool(plan.classes), []
+    pool, batch_sizes, seen = _Pool(plan.classes), [], 0
     started = time.monotonic()
     with own_random_state(int(seed) ^ 1):
         for x, y, sample_weight in itertools.chain([first], source):
             if started is not None and time.monotonic() - started > _LONG:
                 started = None
                 warnings.warn(
-                    f"After {_LONG} s of drawing a sample, {sum(batch_sizes)} samples "
+                    f"After {_LONG} s of drawing a sample, {seen} samples "
                     "of `probe_data` have been gone through, and all of them will be. "
                     "If they are many, or never end, pass a part, such as "
                     "`dataset.take(200)`.",
@@ -202,8 +202,9 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
                 continue
             batches.check_inputs(x)
             ids = plan.checked(y, sample_weight)
-            rows = {"x": x, "y": y, "position": np.arange(n) + sum(batch_sizes)}
+            rows = {"x": x, "y": y, "position": np.arange(seen, seen + n)}
             batch_sizes.append(n)
+            seen += n
             if sample_weight is not None:
                 rows["sample_weight"] = sample_weight
             pool.add(rows, ids, rng.random(n))
