@@ -470,7 +470,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         due = self._timing.is_due_after(batch)
         self._trained = None
         if self._table is not None and "verbose" not in (self.params or {}):
-            self._table.watch()  # It is not `fit` that trains.
+            self._table.check_is_whole()  # It is not `fit` that trains.
         if due:
             # Asked for its model, a callback has it with its state: on JAX that is with
             # the trainer within an epoch, and goes back to it with what is changed.

@@ -89,6 +89,7 @@ class MutualInformation(_keras.IncreasingMetric):
         self.from_logits = from_logits
         self.targets = targets
         self.counts = self._rest = None
+        self._resets = 0  # How often, for `MetricTable`.
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch to the table.
@@ -194,6 +195,7 @@ class MutualInformation(_keras.IncreasingMetric):
         return f"{self.counts.shape[0]} labels"
 
     def reset_state(self):
+        self._resets += 1
         for variable in (self.counts, self._rest) if self.counts is not None else ():
             variable.assign(keras.ops.zeros(variable.shape, "float32"))
 
@@ -279,7 +281,6 @@ class MetricTable:
         self._key = monitor if monitor in found else monitor.removeprefix("val_")
         self._metric = found[self._key]
         self._unread = 0.0  # counts of earlier epochs, too few for a reading
-        self._first = []  # How much was counted after each of the first two batches.
         self.begin_epoch()
 
     @property
@@ -291,28 +292,26 @@ class MetricTable:
         """To be called after Keras has reset its metrics for an epoch."""
         self._read = 0.0
         self._trained = None
+        self._resets = self._metric._resets
 
-    def watch(self):
-        """To be called after each batch, where it is not `fit` that trains.
-
-        Raises:
-            ValueError: where the second one has not been added to the first.
-        """
-        if len(self._first) < 2:
-            self._first.append(np.sum(self._counts()))
-            if len(self._first) == 2 and self._first[1] <= self._first[0]:
-                raise self._was_reset()
-
-    def _was_reset(self):
-        return ValueError(
-            f"The metric {self._key!r} was reset within the epoch, as "
-            "`train_on_batch` does, and `evaluate` in another callback. It must count "
-            "all of an epoch to be read; pass `probe_data` instead. "
-            "Received: probe_data=None"
-        )
+    def check_is_whole(self):
+        """ValueError where the metric has not counted all of the epoch so far."""
+        if self._metric._resets != self._resets:
+            raise ValueError(
+                f"The metric {self._key!r} was reset within the epoch, as "
+                "`train_on_batch` does, and `evaluate` in another callback. It must "
+                "count all of an epoch to be read; pass `probe_data` instead. "
+                "Received: probe_data=None"
+            )
 
     def begin_validation(self):
-        """To be called before validation resets the metric."""
+        """To be called before validation resets the metric.
+
+        Raises:
+            ValueError: where it was reset before, and is not read on validation data.
+        """
+        if self._validation is False:
+            self.check_is_whole()
         self._trained = self._counts()
 
     def end_epoch(self, logs):
@@ -322,7 +321,7 @@ class MetricTable:
             logs: Logs of the epoch, to see that nobody has touched the metric since.
 
         Raises:
-            ValueError: where somebody has.
+            ValueError: where somebody has, or has reset it within the epoch.
         """
         validated = self._trained is not None
         if self._validation is None:
@@ -348,9 +347,9 @@ class MetricTable:
             )
         if self._validation:
             self._unread = total
-        elif np.any(total < self._read):
-            raise self._was_reset()
         else:
+            if not validated:
+                self.check_is_whole()
             self._unread, self._read = self._unread + total - self._read, total
 
     def measure(self, mid_epoch: bool = False):
@@ -365,14 +364,14 @@ class MetricTable:
             epoch were of one class.
 
         Raises:
-            ValueError: for an epoch with labels of one class only.
+            ValueError: for an epoch with labels of one class only, and where the metric
+                was reset within it.
         """
         counts, total = self._unread, None
         if mid_epoch:
             self._validation = False
+            self.check_is_whole()
             total = self._counts()
-            if np.any(total < self._read):
-                raise self._was_reset()
             counts = counts + total - self._read
         if np.ndim(counts) == 0:
             return None

@@ -156,6 +156,7 @@ class TestSettingTheRate:
                 "rollbacks": 0,
                 "bound": bound,
                 "searched": False,
+                "attainable": callback.history[step]["attainable"],
             }
             best = found["best"] = max(best, found["information"])
             for key in ("information", "noise", "previous", "reference", "rate"):
@@ -814,25 +815,37 @@ class TestTheMetricAsSource:
         model = self.compiled()
         callback = keras_milr.MutualInformationLR(keep, update_freq=update_freq)
         hooks = keras.callbacks.CallbackList([callback], model=model, epochs=1)
-        hooks.on_train_begin()
-        hooks.on_epoch_begin(0)
-        logs = model.train_on_batch(x[:50], y[:50], return_dict=True)
-        hooks.on_train_batch_end(0, logs)
-        logs = model.train_on_batch(x[50:90], y[50:90], return_dict=True)
+        trained = []
+
+        def loop():
+            hooks.on_train_begin()
+            hooks.on_epoch_begin(0)
+            for i in range(30):
+                logs = model.train_on_batch(x[i::30], y[i::30], return_dict=True)
+                hooks.on_train_batch_end(i, logs)
+                trained.append(i)
+            hooks.on_epoch_end(0, logs)
+
         with pytest.raises(ValueError, match=r"was reset .*train_on_batch.*probe_data"):
-            hooks.on_train_batch_end(1, logs)
+            loop()
+        assert len(trained) < 5  # Before the epoch is lost.
 
     @pytest.mark.backends("tensorflow", "torch", reason="a step on JAX has no state")
-    def test_an_evaluation_within_the_epoch_is_refused(self, digits):
+    @pytest.mark.parametrize("update_freq", ["epoch", 20])
+    def test_an_evaluation_within_the_epoch_is_refused(self, digits, update_freq):
         x, y = digits
         meddler = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs: (
                 batch == 30 and meddler.model.evaluate(x[:99], y[:99], verbose=0)
             )
         )
-        callback = keras_milr.MutualInformationLR(keep, update_freq=20)
+        callback = keras_milr.MutualInformationLR(keep, update_freq=update_freq)
+        callbacks = [callback, meddler]
         with pytest.raises(ValueError, match=r"reset within the epoch.*`evaluate`"):
-            fit(None, digits, self.compiled(), callbacks=[callback, meddler])
+            fit(None, digits, self.compiled(), callbacks=callbacks)
+        if update_freq == "epoch":  # It does not matter to one on validation data.
+            options = {"callbacks": callbacks, "validation_split": 0.3}
+            fit(None, digits, self.compiled(), **options)
 
     def test_a_metric_used_since_is_refused(self, digits):
         x, y = digits
