@@ -723,12 +723,12 @@ def test_apply_gradients_returns_the_number_of_steps():
 
 
 def test_a_name_is_not_a_regular_expression():
-    names = ["conv.1", "convx1"]
+    names = ["conv+1", "convv1"]
     variables = [
         keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name=name)])
         for name in names
     ]
     variables = [v for model in variables for v in model.trainable_variables]
-    optimizer = LayerwiseOptimizer("sgd", {"conv.1": 0.5})
+    optimizer = LayerwiseOptimizer("sgd", {"conv+1": 0.5})
     optimizer.build(variables)
     assert list(optimizer.multipliers.values()) == [0.5, 1.0]
