@@ -11,7 +11,6 @@ from absl import logging
 
 from keras_milr import backend, batches, sampling, trials
 from keras_milr._arguments import LARGEST, LARGEST_SEED, check_integer, check_number
-from keras_milr.outputs import outputs_of
 from keras_milr.plotting import plot_range
 from keras_milr.untouched import own_random_state, untouched
 
@@ -202,19 +201,17 @@ def lr_range_test(
     probe_size, seed = int(probe_size), int(seed)
     _check_model(model)
     data = _as_data(x, y, batch_size, sample_weight, class_weight)
+    default = 32 if y is not None else None  # That of the data.
+
+    def most(length):
+        size = batch_size or default or length
+        return probe_size + size * (steps or trials.STEPS)
+
     with _naming_x():
-        with own_random_state(seed):
-            first = next(batches.read(data), None)
-        length = 0 if first is None else batches.check_lengths(*first)
-        if length > 0:
-            # Not with random numbers that are taken back: a model that is built only
-            # now would have drawn them in `fit`.
-            outputs_of(model, first[0])
-        batch_size = batch_size or (32 if y is not None else length)
+        # In a single pass: a cache of TensorFlow that is begun may be cut off there.
+        rows = sampling.draw_rows(data, model, most, seed, output, targets)
+    batch_size = batch_size or default or rows.batch_sizes[0]
     with own_random_state(seed) as reseed:
-        with _naming_x():
-            most = probe_size + batch_size * (steps or trials.STEPS)
-            rows = sampling.draw_rows(data, model, most, seed, output, targets)
         epoch = len(rows.batch_sizes)
         if y is not None:
             samples = sum(rows.batch_sizes)

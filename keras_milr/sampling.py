@@ -168,12 +168,13 @@ def draw_sample(
     return draw_rows(data, model, size, seed, output, kind).sample()
 
 
-def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Rows:
+def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
     """Draws the rows of a sample, with their labels and weights as they came.
 
-    See `draw_sample`.
+    See `draw_sample`. Here `size` may also be a function that gives it, from the length
+    of the first batch.
     """
-    rng, size = np.random.default_rng(seed), int(size)
+    rng = np.random.default_rng(seed)
     source = batches.read(data)
     # What the data draw is not to be missing in `fit`, where the model, if it is built
     # only now, would have drawn its weights too.
@@ -181,6 +182,7 @@ def draw_rows(data, model, size: int, seed: int, output=None, kind="auto") -> Ro
         first = next((one for one in source if batches.check_lengths(*one) > 0), None)
     if first is None:
         raise ValueError("Argument `probe_data` is empty. Received: no samples")
+    size = int(size(batches.check_lengths(*first)) if callable(size) else size)
     batches.check_inputs(first[0])
     plan = _Plan(model, first[0], first[1], output, kind)
     most = 2 * size if plan.bins else size  # Bins are not known before the targets are.

@@ -590,7 +590,7 @@ class TestReadings:
         np.testing.assert_allclose(peaks, [1e-3, 3e-3, 3e-3, 3e-3], rtol=1e-6)
         for reading in readings:
             arrays = [v for v in reading if isinstance(v, np.ndarray)]
-            assert [a.shape for a in arrays] == [(1,)] * 9
+            assert [a.shape for a in arrays] == [(1,)] * 10
 
     def test_history_has_every_field_and_serialises(self, digits):
         callback = keras_milr.MutualInformationLR(probe_data=digits)
