@@ -129,7 +129,8 @@ class Driven:
 
     It counts in the same nats: a share of H(Y). The signal is taken from predictions
     for the samples that the probe draws its own from. All else is as without: when it
-    is shown a reading, and that a raise that has cost information is undone.
+    is shown a reading, and that a raise that has cost information is undone; but it is
+    not told what is attainable, which is counted of predictions.
     """
 
     def __init__(self, policy, case, signal, seed):

@@ -656,11 +656,11 @@ def test_is_exported():
     assert keras_milr.LayerwiseOptimizer is LayerwiseOptimizer
 
 
-def two_layers(frozen=False, **options):
+def two_layers(frozen=False):
     model = keras.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.Dense(3, name="a", **options),
+            keras.layers.Dense(3, name="a"),
             keras.layers.Dense(1, name="b"),
         ]
     )
