@@ -8,7 +8,10 @@ import numpy as np
 from keras_milr._arguments import LARGEST
 from keras_milr.policies import Reading
 
-_ARRAYS = ("start", "peak", "own_peak", "previous", "latest", "best")
+_ARRAYS = (
+    *("start", "peak", "own_peak"),
+    *("previous", "latest", "best", "at_raise"),
+)
 
 
 class Controller:
@@ -52,7 +55,7 @@ class Controller:
             self._start = self._peak = rates.get()
             check_bounds(self._start, min_lr, max_lr)
             self._own_peak = rates.own()  # Not of a base that others set.
-            self._previous = self._latest = self._best = None
+            self._previous = self._latest = self._best = self._at_raise = None
             self._step, self._due, self._rollbacks = -1, -1, 0
             self._before = None  # The rates before a raise, until it is judged.
             self._glide = None  # From where to where, and where we were last.
@@ -115,6 +118,7 @@ class Controller:
         information = np.array([info.accessible for info in infos])
         if self._previous is None:
             self._previous = self._latest = self._best = information
+            self._at_raise = information
         self._peak = np.maximum(self._peak, rate)
         self._own_peak = np.maximum(self._own_peak, self.rates.own())
         self._best = np.maximum(self._best, information)
@@ -133,6 +137,7 @@ class Controller:
             bound=np.array([info.bound for info in infos], "float64"),
             searched=self._searched,
             attainable=np.array([info.attainable for info in infos], "float64"),
+            at_raise=self._at_raise,
         )
         for value in reading:
             if isinstance(value, np.ndarray):
@@ -178,6 +183,7 @@ class Controller:
         rates = self.decide(reading)
         new, old = rates.astype("float32"), reading.rate.astype("float32")
         self._before = reading.rate if np.any(new > old) else None
+        self._at_raise = np.where(new > old, reading.information, self._at_raise)
         if np.array_equal(new, old):
             return None
         before = self.rates.own()
@@ -246,7 +252,7 @@ class Controller:
         # as lowered.
         self._peak, self._own_peak = self.rates.get(), self.rates.own()
         self._previous = np.array([info.accessible for info in infos])
-        self._latest = self._best = self._previous
+        self._latest = self._best = self._at_raise = self._previous
         return rates
 
     def _clipped(self, rates):

@@ -64,6 +64,8 @@ class Reading(NamedTuple):
         attainable: How much of H(Y) there seems to be to learn, where labels are noisy,
             nats; see `readouts.Information`. NaN where it is not known. `None` counts
             as NaN.
+        at_raise: The information when the rate was last raised, nats; where it has not
+            been, before the training. `None` counts as `previous`.
     """
 
     rate: np.ndarray
@@ -80,11 +82,13 @@ class Reading(NamedTuple):
     bound: np.ndarray | None = None
     searched: bool = False
     attainable: np.ndarray | None = None
+    at_raise: np.ndarray | None = None
 
 
 Policy = Callable[[Reading], np.ndarray]
 
 _UNKNOWN = ("bound", "attainable")  # Fields of a reading that may be NaN.
+_INFORMATION = ("information", "previous", "best", "at_raise")  # May be below 0.
 _TINY = np.finfo("float32").tiny  # In float32 rates are set.
 _SOON = 0.2  # Share of the missing information, in a part of the first epoch.
 _SURE = 10  # Standard errors, where there are no probabilities.
@@ -159,7 +163,7 @@ class RelativeChange(_Configured):
         reading = _checked(reading)
         base = np.maximum(reading.previous, self.floor * reading.reference)
         base = np.maximum(base, np.maximum(reading.noise, _TINY))
-        relative = _change(reading) / base
+        relative = _change(reading, reading.previous) / base
         factor = (1.0 + relative) / (1.0 + self.expected)
         factor = np.clip(factor, 1.0 / self.max_factor, self.max_factor)
         return _within_ratio(reading.rate * factor, reading, self.max_ratio)
@@ -191,13 +195,18 @@ class _MissingShare(_Configured):
         self.grow_below = grow_below
         self.max_ratio = max_ratio
 
-    def _gain(self, reading: Reading):
-        """Share gained of what was missing, and whether nothing is any more."""
+    def _negligible(self, reading: Reading) -> np.ndarray:
+        """What does not count as missing, nats."""
         negligible = np.maximum(self.hold * reading.reference, reading.noise)
-        negligible = np.maximum(negligible, _TINY)
-        before = reading.reference - reading.previous
-        gain = _change(reading) / np.maximum(before, negligible)
-        return gain, reading.reference - reading.information < negligible
+        return np.maximum(negligible, _TINY)
+
+    def _saturated(self, reading: Reading) -> np.ndarray:
+        return reading.reference - reading.information < self._negligible(reading)
+
+    def _gain(self, reading: Reading, before) -> np.ndarray:
+        """Share gained of what was missing when the information was `before`."""
+        missing = np.maximum(reading.reference - before, self._negligible(reading))
+        return _change(reading, before) / missing
 
     def _lowered(self, reading: Reading, factor) -> np.ndarray:
         """The rate times a factor, but not below the floor."""
@@ -212,10 +221,10 @@ class _MissingShare(_Configured):
         # Without a bound, as of numbers in bins, a tenth is much: H(bins), which only a
         # perfect prediction reaches, is 8 times what one with R² = .5 says.
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
-        little = known < share * reading.reference
-        # Of a rate that is about right half is known after a quarter of an epoch: of
-        # what there is to know, and not of what is noise.
+        # Of what there is to know, and not of what is noise.
         there = np.fmin(reading.reference, reading.attainable)
+        little = known < share * there
+        # At a rate that is about right half is known after a quarter of an epoch.
         soon = little | (reading.information < 0.5 * there)
         # Nothing far above a rate that a range test found learns better.
         little &= not reading.searched
@@ -233,9 +242,12 @@ class _MissingShare(_Configured):
         learns = (gain > threshold) & (
             reading.information >= reading.best - reading.noise
         )
+        # Nor does what was gained before a raise speak for another one.
+        learns &= self._gain(reading, reading.at_raise) > threshold
         # In a few hundred samples counts gain a tenth at any rate; those of a metric
         # are of a whole epoch, in which the network knew less than at its end.
-        learns &= ~np.isnan(reading.bound) | (_change(reading) > _SURE * reading.noise)
+        surely = _change(reading, reading.previous) > _SURE * reading.noise
+        learns &= ~np.isnan(reading.bound) | surely
         rate = np.where(may_grow & learns, 2 * reading.rate, rate)
         stuck = may_grow & early & ~learns
         return np.where(stuck, np.where(little, 3.0, 1.0) * reading.rate, rate)
@@ -262,15 +274,15 @@ class ReferenceLevel(_MissingShare):
     2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
        epoch, while the rate was never lowered and less than `grow_below` of the
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch), by ten standard errors where there are no probabilities, and no
-       reading was better; else, unless a range test found the start, rate × 3 while
-       H(Y) − CE is less than a quarter of the reference (the information less than a
-       tenth, where there are no probabilities), also if the information falls, since
-       counts go to and fro then; else the rate stays while less than half is reached,
-       be it a low rate or noise in the labels that it comes from. This mends a start
-       that is far too low. Within the first epoch it begins only while less than half
-       is reached of what seems `attainable`, or less than a quarter. A raise that
-       costs information is undone.
+       first epoch), also since the last raise, by ten standard errors where there are
+       no probabilities, and no reading was better; else, unless a range test found the
+       start, rate × 3 while H(Y) − CE is less than a quarter of what seems
+       `attainable` (the information less than a tenth, where there are no
+       probabilities), also if the information falls, since counts go to and fro then;
+       else the rate stays while less than half is reached, be it a low rate or noise
+       in the labels that it comes from. This mends a start that is far too low. Within
+       the first epoch it begins only while less than half is reached of what seems
+       attainable, or so little. A raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -320,7 +332,8 @@ class ReferenceLevel(_MissingShare):
     @np.errstate(over="ignore")  # A share of next to nothing: clipped.
     def __call__(self, reading: Reading) -> np.ndarray:
         reading = _checked(reading)
-        gain, saturated = self._gain(reading)
+        gain = self._gain(reading, reading.previous)
+        saturated = self._saturated(reading)
         kept = np.clip(gain / self.share, self.cut, 1.0)
         rate = self._lowered(reading, kept)
         rate = self._grown(rate, reading, gain, self.share)
@@ -341,15 +354,15 @@ class ThresholdDecay(_MissingShare):
        readings remain, and g >= threshold, or nothing measurable is missing: the rate
        stays. In the first `grow_steps` readings, and at each quarter of the first
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold (0.2, if that is more, within the first epoch), by ten standard
-       errors where there are no probabilities, and no reading was better; else, unless
-       a range test found the start, × 3 while H(Y) − CE is less than a quarter of the
-       reference (the information less than a tenth, where there are no probabilities),
-       also if the information falls, since counts go to and fro then; else it stays
-       while less than half is reached, be it a low rate or noise in the labels that it
-       comes from. Within the first epoch it begins only while less than half is
-       reached of what seems `attainable`, or less than a quarter. A raise that costs
-       information is undone.
+       g > threshold (0.2, if that is more, within the first epoch), also since the
+       last raise, by ten standard errors where there are no probabilities, and no
+       reading was better; else, unless a range test found the start, × 3 while
+       H(Y) − CE is less than a quarter of what seems `attainable` (the information
+       less than a tenth, where there are no probabilities), also if the information
+       falls, since counts go to and fro then; else it stays while less than half is
+       reached, be it a low rate or noise in the labels that it comes from. Within the
+       first epoch it begins only while less than half is reached of what seems
+       attainable, or so little. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
@@ -429,7 +442,8 @@ class ThresholdDecay(_MissingShare):
     @np.errstate(over="ignore")  # A share of next to nothing: clipped.
     def __call__(self, reading: Reading) -> np.ndarray:
         reading = _checked(reading)
-        gain, saturated = self._gain(reading)
+        gain = self._gain(reading, reading.previous)
+        saturated = self._saturated(reading)
         if reading.steps is None:
             factor = np.clip(gain / self.threshold, self.cut, 1.0)
             factor = np.where(saturated, 1.0, factor)
@@ -515,10 +529,12 @@ def _checked(reading: Reading) -> Reading:
                 )
     check_bool("reading.searched", reading.searched)
     arrays = {}
-    for name in (*Reading._fields[:8], *_UNKNOWN):
+    for name in (*Reading._fields[:8], *_UNKNOWN, "at_raise"):
         value = getattr(reading, name)
         if name in _UNKNOWN and value is None:
             value = np.full(arrays["rate"].shape, np.nan)
+        elif name == "at_raise" and value is None:
+            value = arrays["previous"]
         try:
             array = np.asarray(value)
         except ValueError:  # A ragged list.
@@ -531,7 +547,7 @@ def _checked(reading: Reading) -> Reading:
             )
         with np.errstate(over="ignore"):
             single = array.astype("float32")
-        least = -np.inf if name in ("information", "previous", "best") else 0.0
+        least = -np.inf if name in _INFORMATION else 0.0
         bad = ~np.isfinite(single) | (single < least)
         if name in _UNKNOWN:
             bad &= ~np.isnan(single)
@@ -545,9 +561,9 @@ def _checked(reading: Reading) -> Reading:
     return reading._replace(**arrays)
 
 
-def _change(reading: Reading) -> np.ndarray:
-    """Change of the information since the previous reading, 0 within the noise."""
-    change = reading.information - reading.previous
+def _change(reading: Reading, before) -> np.ndarray:
+    """Change of the information since it was `before`, 0 within the noise."""
+    change = reading.information - before
     return np.where(np.abs(change) <= reading.noise, 0.0, change)
 
 

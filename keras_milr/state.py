@@ -22,7 +22,7 @@ from keras_milr.rates import steps_made
 
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
-_VERSION = 2
+_VERSION = 3
 _LARGEST = 2**28  # bytes of a state, which is far beyond any training's.
 # What it consists of, and the types that JSON makes of it.
 _INTEGERS = (

@@ -161,6 +161,17 @@ def there(r):
     return r["reference"] if unknown else min(r["reference"], r["attainable"])
 
 
+def since_raise(r, negligible):
+    """Share of what was missing at the last raise that was gained since."""
+    before = r["previous"] if r["at_raise"] is None else r["at_raise"]
+    change = r["information"] - before
+    return (
+        0.0
+        if abs(change) <= r["noise"]
+        else change / max(r["reference"] - before, negligible)
+    )
+
+
 def reference_level(
     r, share=0.1, cut=0.5, hold=0.02, floor=0.01, grow_steps=8, grow_below=0.8
 ):
@@ -172,10 +183,10 @@ def reference_level(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    little = r["information"] < 0.1 * r["reference"]
+    little = r["information"] < 0.1 * there(r)
     probabilities = r["bound"] is not None and not math.isnan(r["bound"])
     if probabilities:
-        little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+        little = min(r["information"], r["bound"]) < 0.25 * there(r)
     sure = probabilities or change > 10 * r["noise"]
     soon = little or r["information"] < 0.5 * there(r)
     little = little and not r["searched"]
@@ -189,7 +200,9 @@ def reference_level(
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]
-        enough = gain > (max(share, 0.2) if begins else share)
+        enough = min(gain, since_raise(r, negligible)) > (
+            max(share, 0.2) if begins else share
+        )
         if enough and sure and not fell:
             return 2 * r["rate"]
         if early:
@@ -218,10 +231,10 @@ def threshold_decay(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    little = r["information"] < 0.1 * r["reference"]
+    little = r["information"] < 0.1 * there(r)
     probabilities = r["bound"] is not None and not math.isnan(r["bound"])
     if probabilities:
-        little = min(r["information"], r["bound"]) < 0.25 * r["reference"]
+        little = min(r["information"], r["bound"]) < 0.25 * there(r)
     sure = probabilities or change > 10 * r["noise"]
     soon = little or r["information"] < 0.5 * there(r)
     little = little and not r["searched"]
@@ -239,7 +252,9 @@ def threshold_decay(
         and r["information"] < grow_below * r["reference"]
     ):
         fell = r["information"] < r["best"] - r["noise"]
-        enough = gain > (max(threshold, 0.2) if begins else threshold)
+        enough = min(gain, since_raise(r, negligible)) > (
+            max(threshold, 0.2) if begins else threshold
+        )
         if enough and sure and not fell:
             return 2 * r["rate"]
         if early:

@@ -137,7 +137,7 @@ class TestSettingTheRate:
         plain["decay"] = reference.threshold_decay
         rate = peak = 1e-3
         entropy = reference.entropy(np.bincount(y))
-        previous, best, rates = None, 0.0, []
+        previous, at_raise, best, rates = None, None, 0.0, []
         for step, p in enumerate(predictions):
             table = reference.contingency(p.argmax(axis=1), y, 10, 10)
             counted = reference.mutual_information(table, "miller_madow")
@@ -157,6 +157,7 @@ class TestSettingTheRate:
                 "bound": bound,
                 "searched": False,
                 "attainable": callback.history[step]["attainable"],
+                "at_raise": at_raise,
             }
             best = found["best"] = max(best, found["information"])
             for key in ("information", "noise", "previous", "reference", "rate"):
@@ -164,8 +165,10 @@ class TestSettingTheRate:
                     found[key], rel=1e-3, abs=1e-4
                 ), (step, key)
             previous = found["information"]
+            at_raise = previous if step == 0 else at_raise
             if step > 0:
                 before, rate = rate, plain[policy](found)
+                at_raise = previous if rate > before else at_raise
                 peak = max(peak, rate)
                 # The last of ten steps, where it glides.
                 glides = policy == "decay" and rate < before
@@ -588,9 +591,11 @@ class TestReadings:
         assert {r.start_rate[0] for r in readings} == {readings[0].rate[0]}
         peaks = [r.peak_rate[0] for r in readings]
         np.testing.assert_allclose(peaks, [1e-3, 3e-3, 3e-3, 3e-3], rtol=1e-6)
+        at_raise = [r.at_raise for r in readings]
+        assert at_raise == [readings[0].previous, *[readings[0].information] * 3]
         for reading in readings:
             arrays = [v for v in reading if isinstance(v, np.ndarray)]
-            assert [a.shape for a in arrays] == [(1,)] * 10
+            assert [a.shape for a in arrays] == [(1,)] * 11
 
     def test_history_has_every_field_and_serialises(self, digits):
         callback = keras_milr.MutualInformationLR(probe_data=digits)

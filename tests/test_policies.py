@@ -68,6 +68,7 @@ def readings(draw, size=1):
         bound=information * array(st.sampled_from([np.nan, 0.0, 0.5, 1.0])),
         searched=draw(st.booleans()),
         attainable=ceiling * array(st.sampled_from([np.nan, 0.0, 0.5, 0.9, 1.0])),
+        at_raise=previous + (information - previous) * array(st.floats(-1, 1)),
     )
 
 
@@ -98,7 +99,7 @@ def test_equals_the_plain_reference_entry_by_entry(policy, plain, reading):
 def test_unit_free(policy, reading, unit):
     """Nats or bits, the rates are the same."""
     fields = ("information", "previous", "best", "reference", "noise")
-    fields = (*fields, "bound", "attainable")
+    fields = (*fields, "bound", "attainable", "at_raise")
     other = reading._replace(**{f: getattr(reading, f) * unit for f in fields})
     # Away from the thresholds, where rounding may tip the balance.
     change = np.abs(reading.information - reading.previous)
@@ -269,6 +270,15 @@ class TestReferenceLevel:
             for previous in (known - 0.03, known, known + 0.05, 1.5):
                 reading = make_reading(**early | little | {"previous": previous})
                 assert self.policy(reading) == pytest.approx(0.03)
+        # Not again where a raise has gained little, but for a rate that is far too low.
+        for at_raise, rate in ((0.7, 0.02), (0.8, 0.01), (0.9, 0.01), (1.1, 0.01)):
+            raised = make_reading(**early)._replace(at_raise=np.array([at_raise]))
+            assert self.policy(raised) == pytest.approx(rate)
+        # A fifth of H(Y) may be half of what is to be known of noisy labels.
+        noisy = make_reading(**early | {"information": 0.4, "previous": 0.38})
+        noisy = noisy._replace(bound=np.array([0.4]))
+        assert self.policy(noisy) == pytest.approx(0.03)
+        assert self.policy(noisy._replace(attainable=np.array([0.8]))) == 0.01
         # Not beyond a rate at which less is known than before it.
         assert self.policy(make_reading(**early | {"best": 0.92})) == 0.01
         # Half may be all that noisy labels let it know, a quarter all of numbers.

@@ -575,7 +575,7 @@ class TestJSON:
             MutualInformationLR().load_state(path)
 
     @pytest.mark.parametrize(
-        ("old", "new"), [('"version": 2', '"version": 3'), ('"step": 1', '"step": 3')]
+        ("old", "new"), [('"version": 3', '"version": 4'), ('"step": 1', '"step": 3')]
     )
     def test_that_was_changed(self, old, new, tmp_path):
         x, y = killed.digits()
@@ -587,7 +587,7 @@ class TestJSON:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"damaged.*Received: (version 3|another)"):
+        with pytest.raises(ValueError, match=r"damaged.*Received: (version 4|another)"):
             callback.load_state(path)
 
 

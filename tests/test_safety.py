@@ -201,7 +201,7 @@ class TestForgedStates:
         "text",
         [
             nested(100_000),
-            '{"format": "keras_milr.state", "version": 2, "a": '
+            '{"format": "keras_milr.state", "version": 3, "a": '
             + nested(100_000)
             + "}",
             "9" * 100_000,
@@ -248,7 +248,10 @@ class TestForgedStates:
     @pytest.mark.parametrize("value", ["x", None, {}, [[1.0]], [np.nan, 1.0]])
     @pytest.mark.parametrize(
         "name",
-        ["start", "peak", "previous", "latest", "best", "step", "rollbacks", "glide"],
+        [
+            *("start", "peak", "previous", "latest", "best", "at_raise"),
+            *("step", "rollbacks", "glide"),
+        ],
     )
     def test_in_the_controller(self, name, value, trained, tmp_path):
         if name == "glide" and value is None:
