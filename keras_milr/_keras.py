@@ -190,6 +190,11 @@ def all_layers(model) -> list:
     return model._flatten_layers(include_self=False)
 
 
+def all_built(model) -> bool:
+    """Whether every layer of a model is built."""
+    return all(layer.built for layer in all_layers(model))
+
+
 def states(model) -> list:
     """Variables that layers keep apart from their weights, as stateful RNNs do.
 
@@ -319,10 +324,12 @@ def scale_learning_rate(optimizer, multiplier):
             if optimizer._use_weight_decay(current):
                 apply_weight_decay([current])
             if moves_at_zero:
-                before = keras.ops.copy(variable)
+                kept = [variable, *_divided_by_rate(optimizer, variable)]
+                before = [keras.ops.copy(v) for v in kept]
                 update_step(gradient, variable, learning_rate * scale)
-                after = keras.ops.convert_to_tensor(variable)
-                optimizer.assign(variable, keras.ops.where(scale == 0, before, after))
+                for v, value in zip(kept, before, strict=True):
+                    after = keras.ops.convert_to_tensor(v)
+                    optimizer.assign(v, keras.ops.where(scale == 0, value, after))
             else:
                 update_step(gradient, variable, learning_rate * scale)
         finally:  # It may be interrupted.
@@ -377,6 +384,14 @@ def _moves_at_rate_zero(optimizer):
     )
     classes = tuple(getattr(keras.optimizers, name) for name in still)
     return not _is_own(optimizer, classes)
+
+
+def _divided_by_rate(optimizer, variable):
+    """The state of a variable that is not finite after a step at rate 0."""
+    if not isinstance(optimizer, keras.optimizers.Ftrl):
+        return []
+    index = index_of(optimizer, variable)
+    return [optimizer._accumulators[index], optimizer._linears[index]]
 
 
 @contextlib.contextmanager

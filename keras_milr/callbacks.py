@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from keras_milr import (
+    _keras,
     backend,
     company,
     policies,
@@ -212,12 +213,14 @@ class MutualInformationLR(keras.callbacks.Callback):
             six readings or more: equally many in each epoch, at least 20 batches apart.
             Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
-            rates lowered to 0.3, or to the start at 0.1 where less than half of H(Y)
-            had been known (after a raise, of those before it), when the training fails:
-            the loss, the weights or the optimizer's state are not finite, or, with a
-            probe, the output is worse than the same guess for every sample after it was
-            better, or does not depend on the input any more, or is the same for nearly
-            all samples; of continuous targets, only the latter two. A raise of the rate
+            rates lowered to 0.3, or to the start at 0.1 where less than half had been
+            known of what seems attainable (after a raise, of those before it), when the
+            training fails: the loss, the weights or the optimizer's state are not
+            finite, or, with a probe, the output is worse than the same guess for every
+            sample after it was better, or does not depend on the input any more, or is
+            the same for nearly all samples; of continuous targets, only the latter two.
+            Over-fitting is no failure, though on a probe that is held out the
+            cross-entropy may rise above that of any guess. A raise of the rate
             is undone that costs information, where the policy raises it to see what
             comes: `"decay"` and `"reference"` do. A rate that has been reached by
             raises then comes back as it was, that of the start at a half. Under such a
@@ -433,7 +436,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 layer_readout,
             )
         if not self._is_auto() and not self._state.resumes:
-            check_bounds(self._rates.get(), self.min_lr, self.max_lr)
+            check_bounds(self._rates, self.min_lr, self.max_lr)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._timing.begin_epoch(epoch)
@@ -663,8 +666,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         # A fault of the policy shows now and not after an epoch.
         self._controller.decide(reading)
         # A model without weights yet, which only the metric can read, is kept from its
-        # first reading on.
-        if self.rollback and self.model.built:
+        # first reading on; so is one of which only a training step builds some layer:
+        # an optimizer that is built before does not take its weights.
+        whole = self.model.optimizer.built or _keras.all_built(self.model)
+        if self.rollback and self.model.built and whole:
             self._rollback = self._make_rollback()
             self._rollback.keep(self._output(infos), infos)
 
@@ -674,7 +679,7 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _find_rate(self):
         data, batch_size = self.probe_data, None
         x, y, weight = data, None, None
-        if isinstance(data, tuple):
+        if isinstance(data, (tuple, list)):
             x, y, weight = (*data, None)[:3]
             steps = self._timing.steps
             rows = keras.tree.flatten(x)[0].shape[0]  # Sparse ones have no `len`.
@@ -765,11 +770,13 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._overruled.set(None if new is None else rates.base_rate(self.model))
         if new is not None and self.verbose > 0:
             names = self._rates.names
-            what = f"rate to {new[0]}"
+            what = f"rate to {new[0]:.4g}"
             if names:
                 each = zip(names, new, strict=True)
                 what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
-            verb = "lowering" if self._controller.glides else "setting"
+            # What rises does so at once.
+            falls = self._controller.glides and np.all(new <= reading.rate)
+            verb = "lowering" if falls else "setting"
             _print(
                 f"\nEpoch {self._timing.epoch + 1}: MutualInformationLR {verb} "
                 f"learning {what}."
@@ -777,7 +784,7 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _roll_back(self, reading, failure):
         base = rates.base_rate(self.model)
-        infos, factor = self._rollback.restore()
+        infos, factor, place = self._rollback.restore()
         self._rates.keep_base(base)
         self._failed = True
         new = self._controller.roll_back(infos, reading, factor)
@@ -787,7 +794,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             what = f"the training stops, since this was roll back {MOST}"
         warnings.warn(
             f"MutualInformationLR: epoch {self._timing.epoch + 1}, {failure}. Weights "
-            f"and optimizer are back at the last good reading; {what}.",
+            f"and optimizer are back at {place}; {what}.",
             stacklevel=2,
         )
 

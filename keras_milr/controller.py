@@ -53,7 +53,7 @@ class Controller:
         self._searched = searched
         if state is None:
             self._start = self._peak = rates.get()
-            check_bounds(self._start, min_lr, max_lr)
+            check_bounds(rates, min_lr, max_lr)
             self._own_peak = rates.own()  # Not of a base that others set.
             self._previous = self._latest = self._best = self._at_raise = None
             self._step, self._due, self._rollbacks = -1, -1, 0
@@ -278,9 +278,11 @@ class Controller:
         return float(reference)
 
 
-def check_bounds(rates, min_lr, max_lr):
-    """Refuses rates outside of the bounds, with a ValueError."""
-    low, high = np.float32(min_lr), np.float32(np.inf if max_lr is None else max_lr)
+def check_bounds(source, min_lr, max_lr):
+    """Refuses a start outside of the bounds, with a ValueError."""
+    rates = source.get()
+    low = np.float32(min_lr if source.is_whole else 0)
+    high = np.float32(np.inf if max_lr is None else max_lr)
     outside = (rates < low) | (rates > high)
     if np.any(outside):
         raise ValueError(

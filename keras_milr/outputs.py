@@ -1,11 +1,13 @@
 """The outputs of a model: which are read, with which labels, and by which losses."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_milr import _keras, backend, targets
+from keras_milr.untouched import own_random_state
 
 
 class Output(NamedTuple):
@@ -56,13 +58,6 @@ def outputs_of(model, x) -> list[Output]:
     rows = fixed_batch_size(model, x) or 1
     structure = _called(model, x, rows)
     flat = keras.tree.flatten(structure)
-    shapes = [tuple(t.shape) for t in flat]
-    if not all(shape[:1] == (rows,) for shape in shapes):
-        raise ValueError(
-            "Measuring mutual information needs a model whose outputs have shape "
-            f"(n, ..., units). Received: model {model.name!r} with output shape(s) "
-            f"{shapes}"
-        )
     names = _names(model, structure, len(flat))
     loss = getattr(model, "loss", None)
     weights = _keras.loss_weights(model)
@@ -75,6 +70,15 @@ def outputs_of(model, x) -> list[Output]:
     weights = by_output(weights, names, "loss_weights") if listed else [weights]
     weights = [1.0 if weight is None else float(weight) for weight in weights]
     weights *= len(flat) if len(weights) == 1 else 1
+    shapes = [tuple(t.shape) for t in flat]
+    # What nobody has a loss for may be anything.
+    read = [s for s, one in zip(shapes, losses, strict=True) if one is not None]
+    if not all(shape[:1] == (rows,) for shape in read or shapes):
+        raise ValueError(
+            "Measuring mutual information needs a model whose outputs have shape "
+            f"(n, ..., units). Received: model {model.name!r} with output shape(s) "
+            f"{shapes}"
+        )
     values = [keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in flat]
     places = range(len(flat))
     rows = zip(names, places, losses, weights, values, strict=True)
@@ -107,7 +111,10 @@ def _called(model, x, rows):
     """The outputs for the first row, so many times, without a trace in the state."""
     first = np.zeros(rows, "int64")
     batch = keras.tree.map_structure(lambda a: keras.ops.convert_to_tensor(a[first]), x)
-    with backend.inference(model), keras.StatelessScope():
+    # Weights that are only made now are drawn as `fit` would draw them.
+    drawn = _keras.all_built(model)
+    random_state = own_random_state(0) if drawn else contextlib.nullcontext()
+    with random_state, backend.inference(model), keras.StatelessScope():
         return model(batch, training=False)
 
 
@@ -116,7 +123,7 @@ def signature(outputs) -> list:
     return [
         (
             *(o.name, o.values.shape, o.weight, targets.loss_family(o.loss)),
-            targets.from_logits(o.loss, o.values.shape[-1]),
+            targets.from_logits(o.loss, (1, *o.values.shape)[-1]),
             getattr(o.loss, "ignore_class", None),
         )
         for o in outputs
@@ -156,6 +163,8 @@ def labels_of(y, outputs, what: str = "labels in `probe_data`") -> list:
     trained = [output for output in outputs if output.loss is not None]
     if isinstance(y, (list, tuple)) and len(y) == len(trained) < len(outputs):
         y = {output.name: one for output, one in zip(trained, y, strict=True)}
+    elif not keras.tree.is_nested(y) and len(trained) == 1:
+        y = {trained[0].name: y}
     return by_output(y, names, what)
 
 
@@ -189,5 +198,9 @@ def _names(model, structure, count):
         return sorted(structure)  # As `keras.tree` flattens it.
     names = getattr(model, "output_names", None)
     if names and len(names) == count:
-        return list(names)
+        # One layer may make several.
+        return [
+            f"{name}_{names[:i].count(name)}" if name in names[:i] else name
+            for i, name in enumerate(names)
+        ]
     return [f"output_{i}" for i in range(count)] if count > 1 else ["output"]

@@ -11,6 +11,7 @@ from keras_milr import _keras, backend, layers, outputs
 from keras_milr.normalisation import BatchStatistics
 from keras_milr.readouts import Columns, Information, Predictions, mean
 from keras_milr.readouts.predictions import scaled, tally
+from keras_milr.untouched import own_random_state
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
 _INPUTS, _OUTPUTS = 2**22, 2**26  # numbers of a batch at most, but for a single row
@@ -147,9 +148,11 @@ class Probe:
         state, parts = self._empty, []
         with_layers = with_layers and bool(self._groups)
         step = self._compiled(by_batch and self._normalises, with_layers)
-        for batch in self._batches:
-            state, features = step(state, *batch, self._chances)
-            parts.append(features)
+        # A layer may draw from any generator, in inference too.
+        with own_random_state(0):
+            for batch in self._batches:
+                state, features = step(state, *batch, self._chances)
+                parts.append(features)
         return self._finish(state), self._read(parts) if with_layers else []
 
     def _empty_state(self):

@@ -24,6 +24,7 @@ class NetworkRate:
     """
 
     names = None
+    is_whole = True  # Nobody else sets a part of it.
 
     def __init__(self, model):
         self._model = model
@@ -72,6 +73,9 @@ class LayerRates:
             and for a group that a multiplier of 0 has frozen, unless `layers` is
             `"all"`, which leaves it out.
     """
+
+    # The base may begin at 0, and lower layers of many far below all others.
+    is_whole = False
 
     def __init__(self, model, layers):
         self._model = model
@@ -132,7 +136,8 @@ class LayerRates:
 
     def keep_base(self, base: float):
         """Sets the optimizer's rate, which others set, back after a roll back."""
-        with contextlib.suppress(TypeError):  # A schedule goes by its own steps.
+        # A schedule goes by its own steps, and so does a function.
+        with contextlib.suppress(TypeError, AttributeError):
             self._model.optimizer.learning_rate = base
 
     def ceiling(self, start: np.ndarray) -> float:
@@ -194,7 +199,11 @@ def set_base(model, rate: float):
 
 
 def _no_rate(model):
+    optimizer = getattr(model, "optimizer", None)
+    received = type(optimizer).__name__
+    if optimizer is None:
+        received = f"model {model.name!r}, which is not compiled"
     return (
         "MutualInformationLR needs an optimizer with one learning rate that can be "
-        f"set. Received: {type(model.optimizer).__name__}"
+        f"set, a number and no function. Received: {received}"
     )

@@ -20,8 +20,8 @@ class Rollback:
     """Keeps the weights of the last good reading, and says when to go back to them.
 
     Two copies of the weights, of the buffers of PyTorch's modules and of the
-    optimizer's state are held in the host's memory: those of the start, until half of
-    H(Y) is known, and those of the last good reading.
+    optimizer's state are held in the host's memory: those of the start, until half is
+    known of what seems attainable, and those of the last good reading.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -38,6 +38,7 @@ class Rollback:
         self._now = None  # What was read of the present weights.
         self._undo = False  # Whether all that failed was a raise of the rate.
         self._low = 0  # Readings in a row that were far below the best.
+        self._learned = False  # Whether the cross-entropy was ever below H(Y).
         self.count = 0
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -59,7 +60,9 @@ class Rollback:
         # A model that had no weights at the start has no best reading yet.
         compared = self._best is not None
         if compared and failure is None:
-            failure = collapse(output, self._best, self._first, self._even)
+            failure = collapse(
+                output, self._best, self._first, self._even, self._learned
+            )
         if compared and failure is None and raised:
             failure = fell(output, self._best)
             self._undo = failure is not None
@@ -78,6 +81,7 @@ class Rollback:
             values: The present weights, where they are at hand.
         """
         self._now = infos
+        self._learned |= bool(output.bound > output.bound_stderr)
         values = self._values() if values is None else values
         if self._best is None:
             self._first = self._best = output
@@ -122,8 +126,9 @@ class Rollback:
         """Sets weights and optimizer back to the last good reading, or to the start.
 
         Returns:
-            What was read of these weights, an `Information` for each rate, and the
-            factor to lower the rates by; None where a raise is undone.
+            What was read of these weights, an `Information` for each rate; the factor
+            to lower the rates by, None where a raise is undone; and where these weights
+            are from, in words.
 
         Raises:
             ValueError: where nothing has been kept.
@@ -136,16 +141,17 @@ class Rollback:
             )
         self.count += 1
         self._low = 0
-        factor = 0.3
+        factor, place = 0.3, "the last good reading"
         if self._undo:
             factor = None
         elif not self._half_is_known():
             # Little was learned, at a rate that is far too high.
             factor, self._good, self._best = 0.1, self._start, self._first
+            place = "the start"
         infos, values = self._good
         assign(list(zip(self._variables(), values, strict=True)))
         self._now = infos
-        return infos, factor
+        return infos, factor, place
 
     def state(self) -> tuple[dict, dict]:
         """What to resume with: a dict for JSON, and the values that are kept."""
@@ -153,6 +159,7 @@ class Rollback:
         state = {
             "count": self.count,
             "low": self._low,
+            "learned": self._learned,
             "first": self._first._asdict(),
             "best": self._best._asdict(),
             "now": [info._asdict() for info in self._now],
@@ -186,6 +193,7 @@ class Rollback:
             ValueError: for arrays of another model.
         """
         self.count, self._low = state["count"], state["low"]
+        self._learned = bool(state["learned"])
         self._first, self._best = (Information(**state[k]) for k in ("first", "best"))
         self._now = [Information(**info) for info in state["now"]]
         present = self._values()
@@ -201,9 +209,8 @@ class Rollback:
         self._good, self._start = kept["good"], kept["start"]
 
     def _half_is_known(self):
-        return self._start is None or (
-            self._best.accessible >= 0.5 * self._best.entropy
-        )
+        there = np.fmin(self._best.entropy, self._best.attainable)
+        return self._start is None or self._best.accessible >= 0.5 * there
 
     def _variables(self):
         model = self._model
@@ -230,7 +237,7 @@ def _replaced(present, arrays, name):
     return values
 
 
-def collapse(now, best, first, even: float = 0.0) -> str | None:
+def collapse(now, best, first, even: float = 0.0, learned=False) -> str | None:
     """Why a training has collapsed, judged by readings of its output; else None.
 
     The yardstick is a predictor that says the same of every sample, whose cross-entropy
@@ -238,13 +245,16 @@ def collapse(now, best, first, even: float = 0.0) -> str | None:
     that was wrong about every sample unlearns that first, and one with a dominant class
     predicts nothing else for long. Where class weights or another sampling than the
     probe's train for other shares of the classes, its cross-entropy on the probe rises
-    above H(Y), up to that of the guess that all classes are equal, while it learns.
+    above H(Y), up to that of the guess that all classes are equal, while it learns. And
+    on samples that are held out, that of a network that has learned may rise far above
+    all of these: it is over-fitted, and knows what it knew.
 
     Args:
         now: `Information` of the present reading.
         best: That of the reading with the most information so far.
         first: That of the reading before training.
         even: H(Y) of classes of equal shares, in nats, where it is known.
+        learned: Whether the cross-entropy of a reading before was below H(Y).
     """
     nats, unlearned = now.entropy, max(now.entropy, even)
     if now.variation <= _SAME < first.variation:
@@ -267,12 +277,14 @@ def collapse(now, best, first, even: float = 0.0) -> str | None:
     lost = now.accessible < 0.5 * best.accessible - margin
     if lost and now.cross_entropy >= max(0.99 * nats, best.cross_entropy):
         return f"the information was lost: {rose(best.cross_entropy, nats)}"
-    learned = now.accessible > first.accessible + margin
+    knows = now.accessible > first.accessible + margin
     # The rarer classes are, the less of what is learned can be told from noise.
     limit = unlearned + 0.5 * (unlearned - nats)
     worse = now.cross_entropy > max(limit, first.cross_entropy + 0.05 * nats)
     far_worse = now.cross_entropy > max(2 * unlearned, 1.5 * first.cross_entropy)
-    if (worse and not learned) or (far_worse and now.accessible < 0.5 * nats):
+    far_worse = far_worse and now.accessible < 0.5 * nats
+    # Once it has learned, it takes more for nothing to be known.
+    if (far_worse and not (learned and knows)) or (worse and not (learned or knows)):
         return f"nothing was learned: {rose(first.cross_entropy, unlearned)}"
     return None
 

@@ -216,6 +216,7 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
                 # and more with a chance that is negligible.
                 shares = most * pool.counts / pool.counts.sum()
                 pool.keep(shares + 4 * np.sqrt(shares) + 4)
+    plan.decide()
     present = np.count_nonzero(pool.counts)
     if plan.classes > 1 and present == 1:
         raise ValueError(
@@ -229,7 +230,7 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
             f"probe_size={size} for {present} classes"
         )
     if plan.bins:
-        pool.keep([most])
+        pool.keep(_shares(pool.counts, most))
         pool.stratify(plan.bin_ids(pool.rows()["y"]))
     pool.keep(_shares(pool.counts, size))
     rows = pool.rows()
@@ -240,7 +241,7 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
         weight,
         plan.labels(y, weight),
         rows["position"],
-        max(present, 1),
+        present if plan.classes > 1 else 1,
         plan.signature,
         plan.notes,
         batch_sizes,
@@ -290,6 +291,16 @@ class _Plan:
         self.classes = 1
         if per_sample and not only.by_unit and only.num_classes <= targets.MANY:
             self.classes = only.num_classes
+        # Numbers may begin with some that are 0 or 1: all of them show what they are.
+        pairs = enumerate(zip(self._outputs, self._targets, strict=True))
+        self._binary = {
+            i: target
+            for i, (one, target) in pairs
+            if targets.may_be_numbers(target, one.loss)
+        }
+        for i, target in self._binary.items():
+            self._targets[i] = target._replace(kind="continuous")
+        only = self._targets[0]
         self.bins = per_sample and only.kind == "continuous" and only.units == 1
         self._seen = [
             None
@@ -301,12 +312,25 @@ class _Plan:
     def checked(self, y, weight):
         """Checks labels and weights of a batch; ids of the classes to share out."""
         rows = [self._ids(*row) for row in self._each(y, weight)]
+        for i in list(self._binary):
+            if not np.all(np.isin(rows[i][0], (0, 1))):
+                del self._binary[i]
         for seen, (ids, weights) in zip(self._seen, rows, strict=True):
             if seen is not None:
                 flat = None if weights is None else weights.reshape(-1)
                 seen += np.bincount(ids.reshape(-1), flat, minlength=len(seen))
         ids = rows[0][0]
-        return ids if self.classes > 1 else np.zeros(len(ids), "int32")
+        if self.classes == 1:
+            return np.zeros(len(ids), "int32")
+        # Those that may be binary are numbers so far.
+        return (ids == 1).reshape(-1).astype("int32") if self.bins else ids
+
+    def decide(self):
+        """What the first batch left open, once all data have been checked."""
+        for i, target in self._binary.items():
+            self._targets[i] = target
+        self.bins = self.bins and self._targets[0].kind == "continuous"
+        self.classes = 1 if self.bins else self.classes
 
     def bin_ids(self, y):
         """Ids of the bins of the only target, which each shall have their share."""
@@ -368,7 +392,10 @@ class _Plan:
         """Ids, or targets, and weights for each position, or None."""
         shape = (len(labels), *target.positions)
         if weight is not None:
-            # Keras' own losses take (n, 1) for all positions of a sample, not (n,).
+            # Keras' own losses take (n, 1) for all positions of a sample, not (n,); and
+            # weights that have an axis of one more than there is to weigh.
+            while weight.ndim > len(shape) and weight.shape[-1] == 1:
+                weight = weight[..., 0]
             axes = weight.shape[1:] + (1,) * (len(shape) - weight.ndim)
             pairs = zip(axes, target.positions, strict=False)
             fits = len(axes) == len(target.positions)
@@ -385,10 +412,17 @@ class _Plan:
             if np.any(ignored):
                 weight = np.ones(shape, "float32") if weight is None else weight
                 weight = np.where(ignored, np.float32(0), weight)
-        # Labels in padding may be anything; those of whole samples may not.
-        masked = target.positions or target.ignore_class is not None
-        counted = weight > 0 if weight is not None and masked else None
+        # What does not count may be anything: padding, or a sample of weight 0. But a
+        # sample that has a label is drawn as one of its class.
+        of_samples = not target.positions and target.ignore_class is None
+        counted = None if weight is None else weight > 0
         with naming("probe_data"):
+            try:
+                known = None if of_samples else counted
+                return targets.checked_ids(labels, target, known), weight
+            except ValueError:
+                if not of_samples or counted is None:
+                    raise
             return targets.checked_ids(labels, target, counted), weight
 
     def _check_varied(self, target, ids, weight):

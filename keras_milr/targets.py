@@ -227,6 +227,14 @@ def _detected(loss, labels, outputs, single, units, logits):
         return "continuous"
     if whole:
         return "multi_label"
+    if np.all(np.isin(labels, (-1, 0, 1))):
+        raise ValueError(
+            "The labels are -1, 0 and 1: they may be numbers, or yes-or-no labels of "
+            "which some are missing, and the loss does not tell. Pass "
+            "`targets='continuous'` for numbers. Missing labels cannot be read: weigh "
+            "their samples with 0, or take a probe without them. "
+            f"Received: loss {loss!r}, row 0 of the labels: {labels[0]}"
+        )
     if np.all(_adds_up(labels)):
         raise ValueError(
             "The labels add up to 1 in each row: they may be soft labels or continuous "
@@ -235,6 +243,17 @@ def _detected(loss, labels, outputs, single, units, logits):
             f"{labels[0]}"
         )
     return "continuous"
+
+
+def may_be_numbers(target: Target, loss) -> bool:
+    """Whether labels that were all 0 or 1 might turn out to be numbers, of more data.
+
+    Args:
+        target: What was detected.
+        loss: The loss of the output, as `compile` was given it, or None.
+    """
+    of_numbers = loss_family(loss) in ("continuous", None)
+    return target.kind == "binary" and not target.explicit and of_numbers
 
 
 def _check_shape(kind, single, by_unit, shape, units):

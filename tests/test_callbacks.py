@@ -207,6 +207,42 @@ class TestSettingTheRate:
                 np.testing.assert_array_equal(a, b)
                 np.testing.assert_array_equal(a, c)
 
+    @pytest.mark.backends("tensorflow", reason="Keras' own `fit` fails on others")
+    @pytest.mark.filterwarnings("ignore:.build... was called on layer")  # By Keras.
+    @pytest.mark.parametrize("where", ["call", "train_step"])
+    def test_layers_that_only_training_builds(self, where, digits):
+        class Auxiliary(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.hidden = keras.layers.Dense(16, activation="relu")
+                self.out = keras.layers.Dense(10, activation="softmax")
+                self.auxiliary = keras.layers.Dense(4)
+
+            def regularize(self, x):
+                small = keras.ops.mean(self.auxiliary(self.hidden(x)) ** 2)
+                self.add_loss(0.1 * small)
+
+            def call(self, x, training=False):
+                if training and where == "call":
+                    self.regularize(x)
+                return self.out(self.hidden(x))
+
+            def compute_loss(self, x, *args, **kwargs):
+                if where == "train_step":
+                    self.regularize(x)
+                return super().compute_loss(x, *args, **kwargs)
+
+        weights = []
+        for callbacks in [], [keras_milr.MutualInformationLR(keep, digits)]:
+            keras.utils.set_random_seed(1)
+            model = Auxiliary()
+            model.compile("adam", "sparse_categorical_crossentropy")
+            fit(None, digits, model, callbacks=callbacks)
+            weights.append(model.get_weights())
+        assert len(weights[0]) == 6
+        for plain, read in zip(*weights, strict=True):
+            np.testing.assert_array_equal(plain, read)
+
     def test_same_seeds_same_rates(self, digits):
         runs = []
         for _ in range(2):
@@ -696,7 +732,11 @@ class TestReadings:
         fit(keras_milr.MutualInformationLR(halve, digits, verbose=1), digits, epochs=1)
         printed = capsys.readouterr().out
         assert printed.startswith("\nEpoch 1: MutualInformationLR setting learning")
-        assert "rate to 0.000" in printed
+        assert "rate to 0.0005." in printed
+        raises = keras_milr.MutualInformationLR("decay", digits, verbose=1)
+        slow = make_model(keras.optimizers.Adam(1e-4))
+        fit(raises, digits, slow, epochs=8, batch_size=64)
+        assert "setting learning rate to 0.0003." in capsys.readouterr().out
         fit(keras_milr.MutualInformationLR(halve, digits), digits, epochs=1)
         fit(keras_milr.MutualInformationLR(keep, digits, verbose=1), digits, epochs=1)
         assert capsys.readouterr().out == ""
@@ -1280,6 +1320,17 @@ class TestBadInput:
         optimizer = multi(lambda v: first if v is model.weights[0] else last)
         model.compile(optimizer, "sparse_categorical_crossentropy")
         self.raises(digits, "one learning rate that can be set", model)
+
+    def test_a_rate_that_is_a_function(self, digits):
+        model = make_model(keras.optimizers.Adam(lambda: 1e-3))
+        self.raises(digits, "a number and no function. Received: Adam", model)
+
+    def test_a_model_that_is_not_compiled(self, digits):
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        callback.set_model(model)
+        with pytest.raises(ValueError, match="which is not compiled"):
+            callback.on_train_begin()
 
     def test_a_single_output_that_is_no_probability(self, digits):
         data = digits[0], (digits[1] > 4).astype("float32")

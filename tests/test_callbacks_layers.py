@@ -234,9 +234,12 @@ class TestRates:
         fit(callback, digits, model)
         values = list(model.optimizer.multipliers.values())
         np.testing.assert_allclose(values, [0.5, 1, 3], rtol=1e-6)
-        for limits in ({"min_lr": 2e-3}, {"max_lr": 5e-4}):
-            with pytest.raises(ValueError, match="must lie between"):
-                fit(make(keep, digits, **limits), digits)
+        with pytest.raises(ValueError, match="must lie between"):
+            fit(make(keep, digits, max_lr=5e-4), digits)
+        # Where a layer is below the bound it may stay there.
+        model = make_model(multipliers={"first": 1e-4})
+        fit(make(lambda r: r.rate * [0.5, 1, 1], digits), digits, model)
+        assert model.optimizer.multipliers["first"] == pytest.approx(1e-4)
 
     def test_the_start_by_the_callback_is_the_base(self, digits):
         model = make_model(multipliers={"first": 0.5})
@@ -259,6 +262,21 @@ class TestRates:
         )
         values = list(model.optimizer.multipliers.values())
         np.testing.assert_allclose(values, [0.125, 1, 8], rtol=1e-5)
+
+    def test_a_warm_up_from_0(self, digits):
+        """The base is not ours, nor is the bound for it."""
+        warm_up = keras.optimizers.schedules.CosineDecay(
+            0.0, 40, warmup_target=1e-2, warmup_steps=10
+        )
+        model = make_model(warm_up)
+        history = fit(make("decay", digits), digits, model, epochs=6).history
+        assert history["loss"][-1] < history["loss"][0]
+        scheduler = keras.callbacks.LearningRateScheduler(lambda e: 1e-3 * e)
+        history = fit([scheduler, make(spread, digits)], digits, epochs=3).history
+        # At 0 there is no rate to set.
+        np.testing.assert_allclose(
+            history["learning_rate/first"], [0, 1e-3, 1e-3], rtol=1e-5
+        )
 
     @pytest.mark.parametrize("place", [0, 1])
     def test_reduce_on_plateau_beside_it(self, digits, place):
@@ -451,6 +469,23 @@ class TestErrors:
         np.testing.assert_allclose(values, [0.5, 0.5, 0.5], rtol=1e-6)
 
 
+class Break(keras.callbacks.Callback):
+    """Breaks the first layer in the second epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        kernel = self.model.layers[0].kernel
+        if epoch == 1:
+            kernel.assign(np.full(kernel.shape, np.nan, "float32"))
+
+
+def test_a_base_that_nobody_can_set_stays_after_a_roll_back(digits):
+    model = make_model(lambda: 1e-3)
+    with pytest.warns(UserWarning, match="epoch 2, .* not finite"):
+        fit([Break(), make(keep, digits)], digits, model, epochs=3)
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)
+    assert all(0 < value < 1 for value in model.optimizer.multipliers.values())
+
+
 def test_a_base_that_is_lowered_stays_after_a_roll_back(digits):
     """By another callback; layers that are not named would train at the old one."""
 
@@ -461,12 +496,6 @@ def test_a_base_that_is_lowered_stays_after_a_roll_back(digits):
 
         def on_epoch_end(self, epoch, logs=None):
             bases.append(float(self.model.optimizer.learning_rate))
-
-    class Break(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            kernel = self.model.layers[0].kernel
-            if epoch == 1:
-                kernel.assign(np.full(kernel.shape, np.nan, "float32"))
 
     bases, model = [], make_model()
     callbacks = [Break(), make(keep, digits, layers="out"), Lower()]

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from sklearn.metrics import log_loss, mutual_info_score
 
 import keras_milr
-from keras_milr import readouts
+from keras_milr import readouts, sampling
 from tests import reference
 
 N = 500
@@ -674,6 +674,46 @@ class TestSeveralOutputs:
 
     def labels(self, x, y):
         return {"digit": y, "size": x.sum(axis=1) + y}
+
+    def test_one_layer_that_makes_two_outputs(self, small):
+        x, y = small
+        first, second = keras.Input((64,)), keras.Input((64,))
+        head = keras.layers.Dense(10, activation="softmax", name="head")
+        model = keras.Model([first, second], [head(first), head(second)])
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        data = ([x, x[::-1]], [y, y[::-1]])
+        both = sampling.draw_sample(data, model, 500)
+        assert [one.name for one in both.labels] == ["head", "head_1"]
+        np.testing.assert_array_equal(both.labels[1].class_ids, y[::-1])
+        (other,) = sampling.draw_sample(data, model, 500, output="head_1").labels
+        assert other.index == 1
+
+    def test_what_has_no_loss_may_be_anything(self, small):
+        """Labels come by themselves then, as `fit` takes them."""
+
+        class WithNorm(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.head = keras.layers.Dense(10, activation="softmax")
+
+            def call(self, x):
+                return {"norm": keras.ops.mean(x**2), "p": self.head(x)}
+
+        model = WithNorm()
+        model.compile("sgd", {"p": "sparse_categorical_crossentropy"})
+        for labels in (small[1], {"p": small[1]}):
+            (found,) = sampling.draw_sample((small[0], labels), model, 500).labels
+            assert (found.name, found.index) == ("p", 1)
+
+    def test_yes_or_no_of_which_some_are_missing(self, small):
+        x, y = small
+        labels = np.stack([y % 2, y > 4, np.where(y % 3, y > 2, -1)], 1)
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(3)])
+        model.compile("sgd", lambda y, p: keras.ops.abs(y - p))
+        with pytest.raises(ValueError, match="Missing labels cannot be read"):
+            sampling.draw_sample((x, labels), model, 500)
+        read = sampling.draw_sample((x, labels), model, 500, kind="continuous")
+        assert read.labels[0].target.kind == "continuous"
 
     @pytest.mark.supports("Labels", "several outputs, weighted mean")
     @pytest.mark.parametrize("kind", ["dict", "list"])

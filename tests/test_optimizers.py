@@ -192,6 +192,12 @@ class TestExact:
         assert distance(model.layers[0].get_weights(), first) == 0
         assert distance(model.layers[1].get_weights(), second) == 0
         assert distance(model.layers[2].get_weights(), third) > 1e-4
+        # Nor is there anything left that breaks them once they train.
+        optimizer.set_multipliers({"a": 1})
+        step(optimizer, grads[0], model.trainable_variables)
+        assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+        if name != "Adadelta":  # It goes by its past steps, of which there are none.
+            assert distance(model.layers[0].get_weights(), first) > 1e-6
 
     def test_every_optimizer_of_keras_is_tested(self):
         known = {*NAMES, "Optimizer", "LossScaleOptimizer", "MultiOptimizer"}

@@ -21,7 +21,7 @@ from tests import killed
 from tests.backends import NAME
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:MutualInformationLR. epoch .* are back at the last good reading"
+    "ignore:MutualInformationLR. epoch .* are back at the"
 )
 ROOT = Path(__file__).parent.parent
 # Elsewhere than on TensorFlow a start takes longer: what most depends on the backend.

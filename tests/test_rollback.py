@@ -106,6 +106,39 @@ class TestCollapse:
             said = [collapse(now, first, first, even) for even in (0.0, H)]
             assert said[0] == said[1]
 
+    def test_a_network_that_is_over_fitted_knows_what_it_knew(self):
+        """On samples that are held out, the cross-entropy may rise without end."""
+        best, now = info(0.5, 2.0), info(0.4, 12.0)
+        assert collapse(now, best, self.START)
+        assert collapse(now, best, self.START, learned=True) is None
+        # But not one that knows nothing any more.
+        for lost in (info(0.2, 12.0), info(0.03, 5.0)):
+            assert collapse(lost, best, self.START, learned=True)
+        little = info(0.06, 2.2)
+        assert collapse(info(0.03, 5.0), little, self.START, learned=True)
+        assert collapse(info(0.03, 2.6), little, self.START, learned=True) is None
+
+    def test_over_fitting_in_fit(self):
+        """One label in five is wrong, and nobody can learn half of H(Y)."""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(800, 20)).astype("float32")
+        y = (x[:, 0] + x[:, 1] > 0) ^ (rng.random(800) < 0.2)
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((20,)),
+                keras.layers.Dense(256, activation="relu"),
+                keras.layers.Dense(256, activation="relu"),
+                keras.layers.Dense(2, activation="softmax"),
+            ]
+        )
+        model.compile("adam", "sparse_categorical_crossentropy")
+        callback = keras_milr.MutualInformationLR(keep, probe_data=(x[400:], y[400:]))
+        model.fit(x[:400], y[:400], epochs=60, verbose=0, callbacks=[callback])
+        last = callback.history[-1]
+        assert last["cross_entropy"] > 2 * np.log(2)
+        assert last["rollbacks"] == 0
+
 
 class TestRaise:
     BEST = info(1.0, 1.3)
@@ -233,7 +266,7 @@ def test_no_mixture_of_weights(optimizer, digits):
     guard.keep(good, ["good"])
     model.fit(x, y, epochs=1, verbose=0)
     guard.keep(info(0.5, 1.5), ["worse"])  # Not kept.
-    assert guard.restore() == (["good"], 0.3)
+    assert guard.restore() == (["good"], 0.3, "the last good reading")
     for variable, value in zip(variables, kept, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
     x, y = x[:64], y[:64]
@@ -247,7 +280,11 @@ def test_to_the_start_while_little_is_known(digits):
     start = model.get_weights()
     model.fit(*digits, epochs=1, verbose=0)
     guard.keep(info(1.0, 1.3), ["some"])  # Less than half of H(Y).
-    assert guard.restore() == (["start"], 0.1)
+    noisy = Rollback(model)  # But of noisy labels more than half of what there is.
+    noisy.keep(info(0.1, 2.3), ["start"])
+    noisy.keep(info(1.0, 1.3)._replace(attainable=1.9), ["some"])
+    assert noisy.restore() == (["some"], 0.3, "the last good reading")
+    assert guard.restore() == (["start"], 0.1, "the start")
     for now, then in zip(model.get_weights(), start, strict=True):
         np.testing.assert_array_equal(now, then)
 
@@ -260,7 +297,7 @@ def test_a_start_far_too_high_ends_trained(name, rate, digits):
     options = {"momentum": 0.9} if name == "SGD" else {}
     model = make_model(getattr(keras.optimizers, name)(rate, **options))
     callback = keras_milr.MutualInformationLR(probe_data=digits)
-    with pytest.warns(UserWarning, match="are back at the last good reading"):
+    with pytest.warns(UserWarning, match="are back at the"):
         history = model.fit(*digits, epochs=15, verbose=0, callbacks=[callback])
     assert history.history["accuracy"][-1] > 0.75
     last = callback.history[-1]
@@ -363,7 +400,7 @@ def test_one_failure_in_an_epoch_is_rolled_back_once(digits):
                 kernel = self.model.layers[-1].kernel
                 kernel.assign(np.full(kernel.shape, np.nan))
 
-    with pytest.warns(UserWarning, match="are back at the last good") as warned:
+    with pytest.warns(UserWarning, match="are back at the start") as warned:
         model.fit(*digits, epochs=2, verbose=0, callbacks=[Once(), callback])
     epoch = len(losses) // 2
     assert np.all(np.isnan(losses[9:epoch]))
@@ -392,7 +429,7 @@ def test_bounded_in_number(digits):
     callback = keras_milr.MutualInformationLR(
         keep, probe_data=digits, readout=Predictions()
     )
-    with pytest.warns(UserWarning, match="are back at the last good") as warned:
+    with pytest.warns(UserWarning, match="are back at the start") as warned:
         history = model.fit(x, y, epochs=30, verbose=0, callbacks=[callback])
     messages = [str(w.message) for w in warned if "are back" in str(w.message)]
     assert len(messages) == len(history.epoch) == MOST
@@ -574,7 +611,7 @@ def test_of_few_batches_and_averages_that_lag(rate, healthy, digits):
         metrics=["accuracy"],
     )
     callback = keras_milr.MutualInformationLR(lambda reading: reading.rate, (x, y))
-    warned = pytest.warns(UserWarning, match="are back at the last good reading")
+    warned = pytest.warns(UserWarning, match="are back at the")
     with contextlib.nullcontext() if healthy else warned:
         logs = model.fit(x, y, epochs=12, verbose=0, callbacks=[callback]).history
     assert (callback.history[-1]["rollbacks"] == 0) is healthy

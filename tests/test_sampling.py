@@ -163,6 +163,29 @@ class TestSample:
         finally:
             tracemalloc.stop()
 
+    @pytest.mark.parametrize("loss", ["poisson", "mse", lambda y, p: y - p])
+    def test_counts_that_begin_with_0_and_1(self, loss):
+        """What labels are is said by all of them, and not by the first batch."""
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(3000, 4)).astype("float32"), rng.poisson(0.5, 3000)
+        y[:100] = y[:100] > 0
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile("sgd", loss)
+        for size in (300, 5000):
+            (whole,) = sampling.draw_sample((x, y), model, size).labels
+            data = tf.data.Dataset.from_tensor_slices((x, y)).batch(100)
+            (found,) = sampling.draw_sample(data, model, size).labels
+            assert found.target.kind == whole.target.kind == "continuous"
+            counts = [np.bincount(one.class_ids[:, 0]) for one in (found, whole)]
+            np.testing.assert_allclose(*counts, atol=2)
+        binary = tf.data.Dataset.from_tensor_slices((x, y > 0)).batch(100)
+        found = sampling.draw_sample(binary, model, 300)
+        whole = sampling.draw_sample((x, y > 0), model, 300)
+        assert found.labels[0].target.kind == "binary"
+        np.testing.assert_array_equal(found.x, whole.x)
+        share = np.mean(found.class_ids)
+        assert share == pytest.approx(np.mean(y > 0), abs=1 / 300)
+
     def test_random_numbers_are_left_to_the_training(self, digits):
         """Of data that are augmented; but a model that is built draws its weights."""
         x, y = digits
@@ -230,9 +253,22 @@ class TestBadData:
         dataset = tf.data.Dataset.from_tensor_slices((self.x, self.y))
         self.raises(dataset, "must come in batches")
 
+    def test_labels_that_do_not_count_may_be_anything(self):
+        """Rows of zeros, for which Keras' cross-entropy is 0."""
+        labels = np.eye(2)[self.y]
+        labels[::5] = 0
+        weight = labels.sum(axis=1, keepdims=True)
+        model = make_model(self.x.shape[1], 2)
+        model.compile("sgd", "categorical_crossentropy")
+        sample = sampling.draw_sample((self.x, labels, weight), model, 20)
+        counted = sample.labels[0].sample_weight > 0
+        np.testing.assert_array_equal(counted, weight[:, 0] > 0)
+        with pytest.raises(ValueError, match="must be one-hot"):
+            sampling.draw_sample((self.x, labels), model, 20)
+
     def test_weights(self):
         self.raises((self.x, self.y, -np.ones(20)), "weights.*finite and not negative")
-        self.raises((self.x, self.y, np.ones((20, 1))), r"weights.*shape \(n,\)")
+        self.raises((self.x, self.y, np.ones((20, 2))), r"weights.*shape \(n,\)")
         self.raises((self.x, self.y, np.full(20, "w")), "weights.*finite")
         self.raises((self.x, self.y, np.zeros(20)), "above 0 in at least two classes")
         self.raises((self.x, self.y, self.y), "above 0 in at least two classes")

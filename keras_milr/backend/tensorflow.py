@@ -71,14 +71,15 @@ def compile_step(model, step):
 
 
 def build(model, x):
-    # As the trace of Keras' own `fit` does it, for any number of rows. There a layer
-    # may make a variable from an array, which it may not in a stateless scope.
+    # As the trace of Keras' own `fit` does it, for any number of rows, with the layers
+    # that only training uses. There a layer may make a variable from an array, which it
+    # may not in a stateless scope.
     if model.run_eagerly:
         return
     specs = keras.tree.map_structure(
         lambda a: tf.TensorSpec((None, *a.shape[1:]), tf.as_dtype(a.dtype)), x
     )
-    forward = tf.function(lambda x: model(x, training=False), autograph=False)
+    forward = tf.function(lambda x: model(x, training=True), autograph=False)
     with contextlib.suppress(Exception):  # It may serve for one number of rows only.
         forward.get_concrete_function(specs)
 
