@@ -198,14 +198,17 @@ class Case:
             optimizer = keras_milr.LayerwiseOptimizer(optimizer)
         self.model.compile(optimizer, self.workload.task.loss, metrics=list(metrics))
         self.model.optimizer.build(self.model.trainable_variables)
-        self.slots = [v.numpy().copy() for v in self.model.optimizer.variables]
+        self.optimizer = optimizer.get_config()
         self.batches = -(-len(self.x) // self.workload.batch_size)
 
     def start(self, seed):
         """Initial weights of a seed, and an optimizer that has done nothing yet."""
         keras.utils.set_random_seed(seed)
         fresh = keras.models.clone_model(self.model)
-        values = [*fresh.variables, *self.slots]  # States of dropout among them.
+        # Some keep a copy of the weights from the start.
+        optimizer = type(self.model.optimizer).from_config(self.optimizer)
+        optimizer.build(fresh.trainable_variables)
+        values = [*fresh.variables, *optimizer.variables]  # States of dropout among them.
         variables = [*self.model.variables, *self.model.optimizer.variables]
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
