@@ -208,7 +208,10 @@ class Case:
         # Some keep a copy of the weights from the start.
         optimizer = type(self.model.optimizer).from_config(self.optimizer)
         optimizer.build(fresh.trainable_variables)
-        values = [*fresh.variables, *optimizer.variables]  # States of dropout among them.
+        values = [
+            *fresh.variables,
+            *optimizer.variables,
+        ]  # States of dropout among them.
         variables = [*self.model.variables, *self.model.optimizer.variables]
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)

@@ -180,7 +180,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             `readouts.UnitHistogram` for them. `"auto"` takes `from_logits` from the
             compiled losses, and a `LinearReadout` for layers. With a label for each
             position, layers are read at one position of each sample, and must have the
-            same positions. Defaults to `"auto"`.
+            same positions; of more than 64 labels or numbers of a sample they are read
+            by 64. Defaults to `"auto"`.
         output: Name of the output to read, where the model has several. Defaults to
             `None`: the mean of all that have a loss, by their loss weights; one that
             cannot be read is left out, with a warning.

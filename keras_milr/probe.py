@@ -14,6 +14,7 @@ from keras_milr.readouts.predictions import scaled, tally
 from keras_milr.untouched import own_random_state
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
+_QUESTIONS = 64  # that layers are read by, at most
 _INPUTS, _OUTPUTS = 2**22, 2**26  # numbers of a batch at most, but for a single row
 
 
@@ -42,7 +43,8 @@ class Probe:
     not independent, so errors and biases are those of the effective number of samples,
     (Σw)² / Σw² with w the weight of all positions of a sample: as if those of one
     sample said all the same, which is the worst case. Layers are read at one position
-    of each sample, drawn by the weights, so that rows are independent.
+    of each sample, drawn by the weights, so that rows are independent; and where each
+    unit is a question of its own, by 64 of these at most, drawn once.
 
     Args:
         model: A built, compiled `keras.Model`.
@@ -215,7 +217,11 @@ class Probe:
                 classes = [2] * len(target.columns)
                 if target.edges is not None:
                     classes = [len(edges) + 1 for edges in target.edges]
-                questions = zip(class_ids.T, classes, strict=True)
+                chosen = np.arange(len(classes))
+                if len(chosen) > _QUESTIONS:
+                    rng = np.random.default_rng(0)
+                    chosen = rng.choice(chosen, _QUESTIONS, replace=False)
+                questions = [(class_ids[:, i], classes[i]) for i in chosen]
             readers = [
                 self.layer_readout.reader(one, classes, weight)
                 for one, classes in questions

@@ -312,6 +312,25 @@ class TestLayers:
         hidden = keras.Model(encoder.inputs[0], encoder.layers[0].output)(x)
         assert_same(found[0], LinearReadout().measure(hidden, y, 10))
 
+    def test_of_many_labels_64_are_read(self, digits):
+        """Each is a question of its own, of which a layer has a readout."""
+        x, y = digits[0][:500], digits[1][:500]
+        rng = np.random.default_rng(1)
+        labels = (y[:, None] == rng.integers(0, 10, 100)) | (
+            x[:, rng.permutation(64)[:1]] > 8
+        )
+        inputs = keras.Input((64,))
+        hidden = keras.layers.Dense(8, "relu", name="hidden")(inputs)
+        out = keras.layers.Dense(100, activation="sigmoid")(hidden)
+        model = keras.Model(inputs, out)
+        model.compile("adam", "binary_crossentropy")
+        _, (found,) = layer_probe(model, (x, labels), "hidden").measure()
+        activations = keras.Model(inputs, hidden)(x)
+        read = LinearReadout().measure
+        each = [read(activations, one, 2).value for one in labels.T.astype(int)]
+        chosen = np.random.default_rng(0).choice(100, 64, replace=False)
+        assert found.value == pytest.approx(np.mean(np.array(each)[chosen]), abs=1e-4)
+
     def test_weights_of_the_samples(self, digits):
         x, y = digits[0][:500], digits[1][:500]
         weight = np.where(np.arange(500) < 300, 1.0, 0.0).astype("float32")
