@@ -209,7 +209,9 @@ class Rollback:
         self._good, self._start = kept["good"], kept["start"]
 
     def _half_is_known(self):
-        there = np.fmin(self._best.entropy, self._best.attainable)
+        there = self._best.entropy
+        if self._learned:  # Of a network that says the same of all, little seems to be.
+            there = np.fmin(there, self._best.attainable)
         return self._start is None or self._best.accessible >= 0.5 * there
 
     def _variables(self):

@@ -284,6 +284,10 @@ def test_to_the_start_while_little_is_known(digits):
     noisy.keep(info(0.1, 2.3), ["start"])
     noisy.keep(info(1.0, 1.3)._replace(attainable=1.9), ["some"])
     assert noisy.restore() == (["some"], 0.3, "the last good reading")
+    same = Rollback(model)  # A guess that is the same for all, or nearly.
+    same.keep(info(0.1, 2.3), ["start"])
+    same.keep(info(0.2, 2.4)._replace(attainable=0.3), ["same"])
+    assert same.restore() == (["start"], 0.1, "the start")
     assert guard.restore() == (["start"], 0.1, "the start")
     for now, then in zip(model.get_weights(), start, strict=True):
         np.testing.assert_array_equal(now, then)
