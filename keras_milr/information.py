@@ -7,6 +7,7 @@ float64 with NumPy and returned as NumPy; a tensor inside a trace (a `tf.functio
 values give NaN instead of an error.
 """
 
+import math
 from typing import Any, Literal
 
 import keras
@@ -160,6 +161,45 @@ def plug_in(counts):
     # The difference of entropies loses digits in float32 where that is small.
     joint, log_ratio = _log_ratio(keras.ops, counts)
     return keras.ops.maximum(keras.ops.sum(joint * log_ratio, axis=(-2, -1)), 0.0)
+
+
+def fano(counts):
+    """Fano's bound of float32 tensors, in a trace or not, that are counts.
+
+    Args:
+        counts: Shape `(3, K)`: for each label the right predictions, the wrong ones,
+            and samples without a prediction.
+
+    Returns:
+        Nats, shape `()`.
+    """
+    ops = keras.ops
+    entropy = _entropy(ops, ops.sum(counts, axis=0), None)
+    right, wrong, none = (ops.sum(counts[i]) for i in range(3))
+    error = wrong / _samples(ops, right + wrong)
+    missing = none / _samples(ops, right + wrong + none)
+    return fano_bound(entropy, error, missing, counts.shape[-1])
+
+
+def fano_bound(entropy, error, missing, classes):
+    """Fano's lower bound on the mutual information of predictions and labels.
+
+    Args:
+        entropy: H(Y) of the labels, nats, a number or a tensor of shape `()`; so are
+            the others.
+        error: Share of the predictions that are wrong.
+        missing: Share of the samples that have no prediction.
+        classes: Number of classes, a Python number.
+
+    Returns:
+        Nats, between 0 and `entropy`.
+    """
+    xp = keras.ops if keras.ops.is_tensor(error) else np
+    binary = _entropy(xp, xp.stack([error, 1.0 - error]), None)
+    unknown = binary + error * math.log(classes - 1)
+    # Without a prediction nothing is known, of up to log K.
+    unknown = missing * math.log(classes) + (1.0 - missing) * unknown
+    return xp.minimum(xp.maximum(entropy - unknown, 0.0), entropy)
 
 
 def null_level(counts: Array) -> Array:

@@ -28,6 +28,15 @@ class MutualInformation(_keras.IncreasingMetric):
     The plug-in estimate lies about (K − 1)² / 2n nats too high, negligible over an
     epoch but not over a batch.
 
+    With more than 1,024 classes the table would take gigabytes, and seconds in each
+    step. The metric then counts, for each label, how often the class is predicted, how
+    often another, and how often none, and is Fano's bound H(Y) − h(e) − e log(K − 1)
+    with e the share of predictions that are wrong and h(e) = −e log e −
+    (1 − e) log(1 − e), at least 0. It is in nats too, H(Y) when all predictions are
+    right, and at most the information; much less as long as few are right. Here it
+    does matter under which names classes are predicted. H(Y) is that of the labels
+    counted: too low while they are few for the number of classes.
+
     Example:
 
     ```python
@@ -92,7 +101,7 @@ class MutualInformation(_keras.IncreasingMetric):
         self._resets = 0  # How often, for `MetricTable`.
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        """Adds a batch to the table.
+        """Adds a batch to the table, or to what stands for it.
 
         Args:
             y_true: Class ids of shape `(n, ...)` or `(n, ..., 1)`, where `...` are
@@ -133,18 +142,19 @@ class MutualInformation(_keras.IncreasingMetric):
             kind = "multi_label"
         classes = 2 if kind == "multi_label" else targets.num_classes(units)
         several = (units,) if kind == "multi_label" else ()
+        rows = classes + 1 if classes <= targets.MANY else 3
         if self.counts is None:
             # A float32 counts to 2^24: the second has what the first is rounded by.
             self.counts, self._rest = (
                 self.add_variable(
-                    shape=(*several, classes + 1, classes),
+                    shape=(*several, rows, classes),
                     initializer="zeros",
                     dtype="float32",
                     name=name,
                 )
                 for name in ("counts", "rest")
             )
-        elif self.counts.shape != (*several, classes + 1, classes):
+        elif self.counts.shape != (*several, rows, classes):
             raise ValueError(
                 f"MutualInformation has counted {self._counted()} so far. "
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
@@ -164,6 +174,8 @@ class MutualInformation(_keras.IncreasingMetric):
             y_pred = ops.reshape(y_pred, (-1, units))
         if several:
             batch = readouts.label_counts(y_pred, ids, weight, self.from_logits)
+        elif classes > targets.MANY:
+            batch = readouts.hit_counts(y_pred, ids, weight)
         else:
             predicted = readouts.predicted_class(y_pred, self.from_logits)
             batch = information.counted(predicted, ids, classes + 1, classes, weight)
@@ -175,12 +187,17 @@ class MutualInformation(_keras.IncreasingMetric):
         self.counts.assign(counts)
 
     def result(self):
-        """Mutual information of all batches since the last reset: a scalar, nats."""
+        """Mutual information of all batches since the last reset: a scalar, nats.
+
+        Of more than 1,024 classes, Fano's lower bound on it.
+        """
         ops = keras.ops
         if self.counts is None:
             return ops.zeros((), self.dtype)
         # The rest is less than they are rounded by.
         counts = ops.cast(self.counts, "float32")
+        if _has_no_table(counts):
+            return ops.cast(information.fano(counts), self.dtype)
         nats = information.plug_in(counts)
         if self.targets == "multi_label":
             occur = ops.all(ops.sum(counts, axis=1) > 0, axis=-1)
@@ -202,7 +219,8 @@ class MutualInformation(_keras.IncreasingMetric):
     def table(self):
         """All that was counted since the last reset, a NumPy array; None before that.
 
-        Rows are predictions, the last one for outputs without one, columns labels.
+        Rows are predictions, the last one for outputs without one, columns labels. Of
+        more than 1,024 classes there are three rows: right, wrong, without one.
         """
         if self.counts is None:
             return None
@@ -212,6 +230,11 @@ class MutualInformation(_keras.IncreasingMetric):
     def get_config(self):
         config = {"from_logits": self.from_logits, "targets": self.targets}
         return {**super().get_config(), **config}
+
+
+def _has_no_table(counts):
+    """Whether there are too many classes for a table: see `readouts.hit_counts`."""
+    return counts.shape[-1] > targets.MANY
 
 
 def _like(weight, positions):
@@ -246,6 +269,8 @@ def _check_length(name, length, y_pred):
 
 class MetricTable:
     """Reads information from the table of a `MutualInformation` metric in training.
+
+    Of more than 1,024 classes, from what the metric counts instead.
 
     Args:
         model: A compiled `keras.Model`.
@@ -385,6 +410,8 @@ class MetricTable:
             )
         self._unread = 0.0
         self._read = self._read if total is None else total
+        if _has_no_table(counts):
+            return readouts.from_hits(counts)
         if counts.ndim == 2:
             return readouts.from_counts(counts)
         return readouts.mean([readouts.from_counts(one) for one in _varied(counts)])
@@ -417,6 +444,8 @@ def _varied(counts):
 
 def _nats(counts):
     """As the metric computes it."""
+    if _has_no_table(counts):
+        return readouts.from_hits(counts).value
     if counts.ndim == 3:
         counts = _varied(counts)
     return (

@@ -46,6 +46,25 @@ def mutual_information(table, correction=None):
     return min(max(nats, 0.0), entropy(rows), entropy(columns))
 
 
+def fano(predicted, labels, classes, weights=None):
+    """Fano's bound; a prediction that is no class, -1 say, is none."""
+    weights = np.ones(len(labels)) if weights is None else weights
+    right = wrong = none = 0.0
+    for said, label, weight in zip(predicted, labels, weights, strict=True):
+        if not 0 <= said < classes:
+            none += weight
+        elif said == label:
+            right += weight
+        else:
+            wrong += weight
+    n = right + wrong + none
+    e = wrong / max(right + wrong, 1e-30)
+    unknown = entropy([right, wrong]) + e * math.log(classes - 1)
+    unknown = none / n * math.log(classes) + (1 - none / n) * unknown
+    h = entropy(np.bincount(labels, weights))
+    return min(max(h - unknown, 0.0), h)
+
+
 def standard_error(table):
     n = table.sum()
     p = table / n

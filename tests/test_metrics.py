@@ -7,6 +7,7 @@ import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
+from keras_milr import readouts
 from tests import reference
 from tests.backends import TORCH_COMPILE
 
@@ -125,9 +126,11 @@ def test_counts_stay_exact_over_millions():
 def one_cell(labels, start):
     """A metric that has counted `start` samples of one kind, and another of them."""
     several = labels == "multi_label"
-    metric = keras_milr.MutualInformation(targets=labels or "auto")
+    metric = keras_milr.MutualInformation(targets="multi_label" if several else "auto")
     y = np.array([[0, 0]] if several else [0])
     outputs = np.array([[0.4, 0.1]] if several else [[0.9, 0.1]], "float32")
+    if labels == "thousands":
+        outputs = np.eye(1, 1500, dtype="float32")
     metric.update_state(y, outputs)
     table = np.array(keras.ops.convert_to_numpy(metric.counts.value))
     table[table > 0] = start
@@ -136,7 +139,7 @@ def one_cell(labels, start):
 
 
 @pytest.mark.parametrize("start", [2.0**24 - 2, 2.0**25, 2.0**46])
-@pytest.mark.parametrize("labels", [None, "multi_label"])
+@pytest.mark.parametrize("labels", [None, "multi_label", "thousands"])
 def test_counts_beyond_what_a_float32_can_count_to(labels, start):
     """One sample at a time, where 2^24 + 1 is 2^24; and on in large batches."""
     metric, y, outputs = one_cell(labels, start)
@@ -309,6 +312,262 @@ class TestMultiLabel:
         metric.update_state(np.ones((2, 3)), np.zeros((2, 3)))
         with pytest.raises(ValueError, match="has counted 3 labels so far"):
             metric.update_state(np.ones((2, 4)), np.zeros((2, 4)))
+
+
+class TestThousandsOfClasses:
+    """No table: Fano's bound, from what was predicted right, wrong and not at all."""
+
+    def data(self, classes=1500, samples=3000):
+        """Labels, outputs that are right for most, and what they predict."""
+        rng = np.random.default_rng(0)
+        y = rng.integers(0, classes, samples)
+        p = rng.random((samples, classes)).astype("float32")
+        sure = rng.random(samples) < 0.8
+        p[sure, y[sure]] += 1.0
+        p[:100, 7] = np.nan
+        said = np.where(np.isnan(p[:, 7]), -1, p.argmax(axis=1))
+        return y, p, said
+
+    def make_model(self, classes=1500, **arguments):
+        """A model that knows most of the classes, and codes of these as its inputs."""
+        codes = np.random.default_rng(0).normal(size=(classes, 64)).astype("float32")
+        model = make_model(classes, **arguments)
+        model.layers[0].set_weights([0.1 * codes.T, np.zeros(classes)])
+        return model, codes
+
+    def inputs(self, codes, samples=900):
+        rng = np.random.default_rng(1)
+        y = rng.integers(0, len(codes), samples).astype("int32")
+        noise = rng.normal(size=(samples, codes.shape[1]))
+        return (codes[y] + 1.5 * noise).astype("float32"), y
+
+    def test_equals_the_reference(self):
+        y, p, said = self.data()
+        metric = keras_milr.MutualInformation()
+        for i in range(0, 3000, 600):
+            metric.update_state(y[i : i + 600], p[i : i + 600])
+        expected = reference.fano(said, y, 1500)
+        assert float(metric.result()) == pytest.approx(expected, abs=1e-5)
+        assert 3 < expected < mutual_info_score(y, said)
+        right = np.bincount(y[said == y], minlength=1500)
+        none = np.bincount(y[:100], minlength=1500)
+        wrong = np.bincount(y, minlength=1500) - right - none
+        np.testing.assert_array_equal(metric.table(), [right, wrong, none])
+        metric.reset_state()
+        assert float(metric.result()) == 0
+
+    def test_extremes(self):
+        y = np.arange(2000)
+        metric = keras_milr.MutualInformation()
+        right = np.eye(2000, dtype="float32")
+        assert float(metric(y, right)) == pytest.approx(np.log(2000), abs=1e-5)
+        for outputs, expected in (
+            (np.roll(right, 1, axis=0), np.log(2000 / 1999)),  # Each is ruled out.
+            (right[:1] + 0 * right, 0),
+            (np.nan * right, 0),
+        ):
+            metric.reset_state()
+            assert float(metric(y, outputs)) == pytest.approx(expected, abs=1e-5)
+        # What is no class, and weights below 0, are not counted.
+        metric.reset_state()
+        ids, weight = np.where(y < 500, -1, y), np.where(y < 1000, -1.0, 1.0)
+        metric.update_state(ids, right, sample_weight=weight)
+        assert metric.table().sum() == 1000
+        assert float(metric.result()) == pytest.approx(np.log(1000), abs=1e-5)
+
+    @pytest.mark.parametrize("scale", [1.0, 1e-5])
+    def test_weights(self, scale):
+        """Of which only the ratios matter: their sum may be below 1."""
+        y, p, said = self.data()
+        weight = scale * np.random.default_rng(1).integers(0, 4, 3000)
+        metric = keras_milr.MutualInformation()
+        metric.update_state(y, p, sample_weight=weight)
+        expected = reference.fano(said, y, 1500, weight)
+        assert float(metric.result()) == pytest.approx(expected, abs=1e-5)
+        found = readouts.from_hits(metric.table())
+        assert found.value == pytest.approx(expected, abs=1e-5)
+        assert 0 < found.stderr < 4
+
+    def test_reads_as_the_table_would(self):
+        """Its errors too, by `readouts.from_counts`."""
+        y, p, said = self.data()
+        metric = keras_milr.MutualInformation()
+        metric.update_state(y, p)
+        table = reference.contingency(np.where(said < 0, 1500, said), y, 1501, 1500)
+        expected = readouts.from_counts(table)
+        found = readouts.from_hits(metric.table())
+        assert found.estimator == expected.estimator == "fano"
+        for name in ("value", "stderr", "noise", "entropy"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name))
+
+    @pytest.mark.parametrize(("classes", "rows"), [(1024, 1025), (1025, 3)])
+    def test_from_as_many_classes_as_the_probe(self, classes, rows):
+        metric = keras_milr.MutualInformation()
+        metric.update_state([0, 5], np.eye(classes)[[0, 5]])
+        assert metric.table().shape == (rows, classes)
+        assert float(metric.result()) == pytest.approx(np.log(2), abs=1e-5)
+        with pytest.raises(ValueError, match=f"has counted {classes} classes so far"):
+            metric.update_state([0, 5], np.eye(2049)[[0, 5]])
+
+    def test_a_vocabulary(self):
+        """Of which a table would have more cells than an int32 can number."""
+        y = np.array([0, 49_999, 49_999, 30_000])
+        p = np.zeros((4, 50_000), "float32")
+        p[np.arange(4), [0, 49_999, 0, 30_000]] = 1
+        metric = keras_milr.MutualInformation()
+        metric.update_state(y, p)
+        assert sum(4 * np.prod(one.shape) for one in metric.variables) < 2e6
+        expected = np.zeros((3, 50_000))
+        expected[[0, 0, 0, 1], [0, 49_999, 30_000, 49_999]] = 1
+        np.testing.assert_array_equal(metric.table(), expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param(
+                {"jit_compile": True},
+                marks=pytest.mark.backends("tensorflow", "jax", reason=TORCH_COMPILE),
+            ),
+            {"run_eagerly": True, "jit_compile": False},
+            pytest.param(
+                {"steps_per_execution": 7},
+                marks=pytest.mark.backends(
+                    "tensorflow", "jax", reason="PyTorch has no `steps_per_execution`"
+                ),
+            ),
+        ],
+        ids=str,
+    )
+    def test_in_a_model_that_is_saved_and_loaded(self, options, tmp_path):
+        model, codes = self.make_model(**options)
+        x, y = self.inputs(codes)
+        model.fit(x, y, epochs=1, verbose=0)
+        expected = reference.fano(predicted(model, x), y, 1500)
+        assert 1 < expected < 6
+        for batch_size in (50, 900):
+            found = information(model, x, y, batch_size=batch_size)
+            assert found == pytest.approx(expected, abs=1e-5)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert information(loaded, x, y) == pytest.approx(expected, abs=1e-5)
+        loaded.fit(x, y, epochs=1, verbose=0)
+        assert information(loaded, x, y) != pytest.approx(expected, abs=1e-3)
+
+    @pytest.mark.backends(
+        *("tensorflow", "jax"),
+        reason="Keras on PyTorch changes the weights when it masks its own loss",
+    )
+    def test_tokens(self):
+        rng = np.random.default_rng(0)
+        x = rng.integers(0, 1100, (200, 5))
+        x[:, 3:] *= rng.integers(0, 2, (200, 2))
+        weight = rng.integers(0, 3, x.shape).astype("float32")
+        model = keras.Sequential(
+            [
+                keras.Input((5,), dtype="int32"),
+                keras.layers.Embedding(1100, 64, mask_zero=True),
+                keras.layers.Dense(1100, activation="softmax"),
+            ]
+        )
+        codes = rng.normal(size=(1100, 64))
+        model.set_weights([codes, codes.T, np.zeros(1100)])
+        model.compile(
+            "sgd",
+            "sparse_categorical_crossentropy",
+            weighted_metrics=[keras_milr.MutualInformation()],
+        )
+        y = np.where(rng.random(x.shape) < 0.3, 5, x)
+        said = model.predict(x, verbose=0).argmax(axis=-1)
+        found = information(model, x, y, sample_weight=weight, batch_size=70)
+        times = (weight * (x != 0)).ravel()
+        expected = reference.fano(said.ravel(), y.ravel(), 1100, times)
+        assert expected > 1
+        assert found == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("validation", [False, True])
+    def test_as_the_source_of_the_callback(self, validation):
+        model, codes = self.make_model()
+        x, y = self.inputs(codes)
+        key = ("val_" if validation else "") + "mutual_information"
+        callback = keras_milr.MutualInformationLR(lambda r: r.rate, monitor=key)
+        options = {"validation_data": (x[::3], y[::3])} if validation else {}
+        history = model.fit(
+            x, y, epochs=3, verbose=0, callbacks=[callback], **options
+        ).history
+        values = [record["value"] for record in callback.history]
+        np.testing.assert_allclose(values, history[key], atol=1e-4)
+        labels = y[::3] if validation else y
+        entropy = reference.entropy(np.bincount(labels))
+        for record in callback.history:
+            assert record["estimator"] == "fano"
+            assert record["entropy"] == pytest.approx(entropy)
+            assert record["noise"] == pytest.approx(0.5 * record["stderr"])
+            assert np.isnan([record["raw"], record["bound"]]).all()
+        assert 0 < callback.history[-1]["stderr"] < 1
+
+    def test_readings_within_an_epoch_are_of_their_batches(self):
+        model, codes = self.make_model()
+        x, y = self.inputs(codes, 1200)
+        # A rate at which it stays as it is.
+        model.compile(
+            keras.optimizers.SGD(1e-6),
+            model.loss,
+            metrics=[keras_milr.MutualInformation()],
+        )
+        callback = keras_milr.MutualInformationLR(lambda r: r.rate, update_freq=20)
+        options = {"batch_size": 20, "shuffle": False, "verbose": 0}
+        model.fit(x, y, epochs=2, callbacks=[callback], **options)
+        said = predicted(model, x)
+        parts = [slice(i, i + 400) for i in (0, 400, 800)]
+        expected = [reference.fano(said[part], y[part], 1500) for part in parts]
+        values = [record["value"] for record in callback.history]
+        np.testing.assert_allclose(values[:3], expected, atol=1e-6)
+        np.testing.assert_allclose(values[3:6], expected, atol=1e-6)
+
+    def test_goes_on_from_a_state(self, tmp_path):
+        """As if it had not ended, with the counts that no reading has had yet."""
+
+        def train(epochs, *callbacks, model=None, load=None, first=0):
+            keras.utils.set_random_seed(0)
+            made, codes = self.make_model()
+            x, y = self.inputs(codes)
+            callback = keras_milr.MutualInformationLR(
+                lambda r: 0.9 * r.rate, update_freq=25
+            )
+            if load is not None:
+                callback.load_state(load)
+            options = {"batch_size": 45, "shuffle": False, "verbose": 0}
+            (model or made).fit(
+                *(x, y),
+                epochs=epochs,
+                initial_epoch=first,
+                callbacks=[callback, *callbacks],
+                **options,
+            )
+            return callback.history
+
+        whole, path = train(4), tmp_path / "2.keras"
+        train(2, keras.callbacks.ModelCheckpoint(path))
+        loaded = keras.models.load_model(path)
+        again = train(4, model=loaded, load=path, first=2)
+        assert len(whole) == len(again) > 2
+        for name in ("epoch", "batch", "value", "stderr", "entropy", "rate"):
+            np.testing.assert_allclose(
+                *([record[name] for record in found] for found in (again, whole)),
+                rtol=1e-5,
+            )
+
+    def test_a_loop_that_resets_it_is_refused(self):
+        model, codes = self.make_model()
+        x, y = self.inputs(codes, 90)
+        callback = keras_milr.MutualInformationLR(lambda r: r.rate)
+        hooks = keras.callbacks.CallbackList([callback], model=model, epochs=1)
+        hooks.on_train_begin()
+        hooks.on_epoch_begin(0)
+        for i in range(2):
+            logs = model.train_on_batch(x[i::3], y[i::3], return_dict=True)
+        with pytest.raises(ValueError, match="was reset within the epoch"):
+            callback.on_train_batch_end(1, logs)
 
 
 def test_kinds_that_cannot_stream():

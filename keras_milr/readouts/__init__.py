@@ -23,6 +23,8 @@ from keras_milr.readouts.predictions import (
     Predictions,
     attainable,
     from_counts,
+    from_hits,
+    hit_counts,
     predicted_class,
     prediction_counts,
 )
@@ -43,6 +45,8 @@ __all__ = [
     "attainable",
     "from_array",
     "from_counts",
+    "from_hits",
+    "hit_counts",
     "label_counts",
     "mean",
     "predicted_class",

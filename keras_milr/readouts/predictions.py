@@ -324,6 +324,37 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
     return _by_bound(result, labels, np.diagonal(counts), counts[-1])
 
 
+def hit_counts(outputs, class_ids, sample_weight=None):
+    """How often each class is predicted where it is the label.
+
+    What is kept of the table of (predicted class, label) where that is too large.
+
+    Args:
+        outputs: Tensor of shape `(n, K)`, K at least 2.
+        class_ids: Labels as int32 ids, shape `(n,)`. What is out of range is left out.
+        sample_weight: Optional weights of shape `(n,)`.
+
+    Returns:
+        Counts of shape `(3, K)`, a float32 tensor: for each label the right
+        predictions, the wrong ones, and rows without a prediction.
+    """
+    ops = keras.ops
+    classes = outputs.shape[-1]
+    predicted = predicted_class(outputs)
+    kind = ops.where(predicted == class_ids, 0, 1)
+    kind = ops.cast(ops.where(predicted == classes, 2, kind), "int32")
+    return information.counted(kind, class_ids, 3, classes, sample_weight)
+
+
+def from_hits(counts) -> Information:
+    """The information in what `hit_counts` has counted: Fano's bound."""
+    labels = counts.sum(axis=0)
+    shares = labels / max(labels.sum(), 1e-30)
+    prior = -np.log(np.where(labels > 0, shares, 1.0))
+    nan = float("nan")
+    return _without_table(labels, counts[0], counts[2], prior, nan, nan)
+
+
 def attainable(counts) -> float:
     """What would be known if every class were predicted as surely as the surest.
 
@@ -381,25 +412,24 @@ def _by_bound(result, labels, correct, none) -> Information:
 
 def _fano(labels, correct, none, entropy):
     """Fano's lower bound on the information, and its standard error (delta method)."""
-    classes, samples = len(labels), max(labels.sum(), 1.0)
+    # Sums of weights may be below 1.
+    classes, total = len(labels), max(labels.sum(), 1e-30)
     predicted = labels - none
-    error = 1.0 - correct.sum() / max(predicted.sum(), 1.0)
+    error = 1.0 - correct.sum() / max(predicted.sum(), 1e-30)
     error = np.clip(error, 0.0, 1.0)
-    binary = float(information.entropy(np.array([error, 1.0 - error])))
-    missing = binary + error * np.log(classes - 1)
-    # Without a prediction nothing is known: up to log K is missing in such rows.
-    nothing = none.sum() / samples
-    value = entropy - nothing * np.log(classes) - (1.0 - nothing) * missing
-    inner = np.clip(error, 1.0 / samples, 1.0 - 1.0 / samples)
+    value = information.fano_bound(entropy, error, none.sum() / total, classes)
+    samples = max(total, 1.0)
+    least = min(1.0 / samples, 0.5)
+    inner = np.clip(error, least, 1.0 - least)
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
     # H(Y) varies with the sample too, and with its errors where they are in some
     # classes more than in others.
-    labels, wrong = labels / samples, (predicted - correct) / samples
+    labels, wrong = labels / total, (predicted - correct) / total
     surprise = -np.log(np.where(labels > 0, labels, 1.0))
     variance = slope**2 * inner * (1.0 - inner) + labels @ (surprise - entropy) ** 2
     variance -= 2.0 * slope * (wrong @ (surprise - entropy))
     stderr = np.sqrt(max(variance, 0.0) / samples)
-    return float(np.clip(value, 0.0, entropy)), float(stderr)
+    return float(value), float(stderr)
 
 
 def h_minus_ce(labels, prior, surprise, surprise_squared, improper):
