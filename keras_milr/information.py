@@ -7,7 +7,6 @@ float64 with NumPy and returned as NumPy; a tensor inside a trace (a `tf.functio
 values give NaN instead of an error.
 """
 
-import math
 from typing import Any, Literal
 
 import keras
@@ -185,20 +184,19 @@ def fano_bound(entropy, error, missing, classes):
     """Fano's lower bound on the mutual information of predictions and labels.
 
     Args:
-        entropy: H(Y) of the labels, nats, a number or a tensor of shape `()`; so are
-            the others.
+        entropy: H(Y) of the labels, nats, shape `(...)`; so are the others.
         error: Share of the predictions that are wrong.
         missing: Share of the samples that have no prediction.
-        classes: Number of classes, a Python number.
+        classes: Number of classes, as NumPy or a Python number.
 
     Returns:
-        Nats, between 0 and `entropy`.
+        Nats, shape `(...)`, between 0 and `entropy`.
     """
     xp = keras.ops if keras.ops.is_tensor(error) else np
-    binary = _entropy(xp, xp.stack([error, 1.0 - error]), None)
-    unknown = binary + error * math.log(classes - 1)
+    binary = _entropy(xp, xp.stack([error, 1.0 - error], axis=-1), None)
+    unknown = binary + error * np.log(classes - 1)
     # Without a prediction nothing is known, of up to log K.
-    unknown = missing * math.log(classes) + (1.0 - missing) * unknown
+    unknown = missing * np.log(classes) + (1.0 - missing) * unknown
     return xp.minimum(xp.maximum(entropy - unknown, 0.0), entropy)
 
 

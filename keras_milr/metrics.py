@@ -414,7 +414,8 @@ class MetricTable:
             return readouts.from_hits(counts)
         if counts.ndim == 2:
             return readouts.from_counts(counts)
-        return readouts.mean([readouts.from_counts(one) for one in _varied(counts)])
+        infos = readouts.from_tables(_varied(counts), 2)
+        return readouts.mean(readouts.separate(infos))
 
     def state(self) -> dict:
         """What is not in the metric's variables."""

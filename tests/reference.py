@@ -83,6 +83,93 @@ def h_minus_ce(probabilities, labels):
     return max(nats.mean(), 0.0), nats.std() / math.sqrt(len(labels))
 
 
+def null_level(table):
+    rows, columns = table.sum(axis=1), table.sum(axis=0)
+    freedom = max(sum(rows > 0) - 1, 0) * max(sum(columns > 0) - 1, 0)
+    return min(freedom / (2 * table.sum()), entropy(rows), entropy(columns))
+
+
+def attainable(table):
+    """What would be known if every class were predicted as surely as the surest."""
+    labels, most = table.sum(axis=0), 0.0
+    for k in range(len(labels)):
+        p = labels[k] / labels.sum()
+        q = (table[k, k] + 1) / (table[k].sum() + 1)
+        if 0 < p < q:
+            wrong = max(1 - q, 1e-30)
+            known = q * math.log(q / p) + wrong * math.log(wrong / (1 - p))
+            most = max(most, known)
+    return min(most, entropy(labels))
+
+
+def fano_of_table(table):
+    """Fano's bound of a table of (prediction or none, label), and its error."""
+    classes, n = len(table) - 1, table.sum()
+    cells = [(i, k) for i in range(classes + 1) for k in range(classes)]
+    weights = [table[cell] for cell in cells]
+    said, labels = (np.array(ids) for ids in zip(*cells, strict=True))
+    value = fano(said, labels, classes, weights)
+    # The delta method, sample by sample, of H(Y) and of the error rate.
+    h = entropy(table.sum(axis=0))
+    right, wrong = np.trace(table[:-1]), table[:-1].sum() - np.trace(table[:-1])
+    e = wrong / (right + wrong) if right + wrong > 0 else 1.0
+    inner = min(max(e, 1 / n), 1 - 1 / n)
+    slope = math.log((1 - inner) * (classes - 1) / inner)
+    variance = slope**2 * inner * (1 - inner)
+    for said, label in cells:
+        if table[said, label] > 0:
+            surprise = -math.log(table[:, label].sum() / n) - h
+            is_wrong = said not in (label, classes)
+            each = surprise**2 - 2 * slope * is_wrong * surprise
+            variance += table[said, label] / n * each
+    return value, math.sqrt(max(variance, 0) / n)
+
+
+def table_information(table, bound, bound_stderr):
+    """What `readouts.from_counts` finds in one table, as a dict."""
+    labels = table.sum(axis=0)
+    h = entropy(labels)
+    found = {
+        "value": mutual_information(table, "miller_madow"),
+        "raw": mutual_information(table),
+        "entropy": h,
+        "null": null_level(table),
+        "stderr": standard_error(table),
+        "bound": bound if math.isnan(bound) else min(max(bound, 0.0), h),
+        "bound_stderr": bound_stderr,
+        "attainable": attainable(table),
+        "estimator": "counts",
+    }
+    if labels.sum() * (1 + 1e-6) < 5 * sum(labels > 0) ** 2:
+        found |= {"value": found["bound"], "stderr": bound_stderr, "estimator": "bound"}
+        if math.isnan(bound):
+            value, stderr = fano_of_table(table)
+            found |= {"value": value, "stderr": stderr, "estimator": "fano"}
+    return found
+
+
+def column_information(state, i, bins, scale):
+    """What `readouts.Columns` finds in one unit of its state, as a dict."""
+    state = {name: np.asarray(value, "float64") for name, value in state.items()}
+    table = scale * state["counts"][i][[*range(bins), -1]][:, :bins]
+    n, bound, error, cross_entropy = table.sum(), *(math.nan,) * 3
+    if "surprise" in state and state["improper"][i] == 0:
+        labels, sums = table.sum(axis=0), scale * state["surprise"][i]
+        cross_entropy = sum(sums) / n
+        bound, square = -cross_entropy, scale * state["surprise_squared"][i] / n
+        for k in range(2):
+            if labels[k] > 0:
+                prior = -math.log(labels[k] / n)
+                bound += prior * labels[k] / n
+                square += (prior**2 * labels[k] - 2 * prior * sums[k]) / n
+        error = math.sqrt(max(square - bound**2, 0) / n)
+    found = table_information(table, bound, error)
+    found["cross_entropy"] = cross_entropy
+    found["repeated"] = scale * state["repeated"] / n
+    found["variation"] = state["highest"][i] - state["lowest"][i]
+    return found
+
+
 def averaged(x, axis, cells):
     """An axis in cells of equal size: each pixel is cut in `cells`, then shared out."""
     pieces = np.moveaxis(np.repeat(x, cells, axis), axis, -1)

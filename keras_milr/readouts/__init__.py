@@ -24,6 +24,7 @@ from keras_milr.readouts.predictions import (
     attainable,
     from_counts,
     from_hits,
+    from_tables,
     hit_counts,
     predicted_class,
     prediction_counts,
@@ -32,6 +33,7 @@ from keras_milr.readouts.result import (
     Information,
     from_array,
     mean,
+    separate,
     to_array,
 )
 from keras_milr.readouts.units import UnitHistogram
@@ -46,10 +48,12 @@ __all__ = [
     "from_array",
     "from_counts",
     "from_hits",
+    "from_tables",
     "hit_counts",
     "label_counts",
     "mean",
     "predicted_class",
     "prediction_counts",
+    "separate",
     "to_array",
 ]

@@ -7,12 +7,14 @@ import numpy as np
 
 from keras_milr import information
 from keras_milr.readouts.predictions import (
-    from_counts,
+    from_tables,
     h_minus_ce,
     repeated,
     scaled,
 )
-from keras_milr.readouts.result import Information, mean
+from keras_milr.readouts.result import Information, mean, separate
+
+_AT_ONCE = 1024  # units, whose tables take 2 MB
 
 
 class Columns:
@@ -108,31 +110,33 @@ class Columns:
     def parts(self, state: dict, scale: float = 1.0) -> dict:
         """The `Information` about each unit that is read, by its number."""
         state = scaled(state, scale)
-        found = {}
-        for i, column in enumerate(self._columns):
-            bins = self._bins[i]
-            counts = state["counts"][i][[*range(bins), -1]][:, :bins]
-            bound = bound_stderr = cross_entropy = variation = float("nan")
-            if not self._continuous:
-                labels = counts.sum(axis=0)
-                total = max(labels.sum(), 1e-30)
-                bound, bound_stderr, cross_entropy = h_minus_ce(
-                    labels,
-                    -np.log(np.where(labels > 0, labels / total, 1.0)),
-                    *(
-                        state[name][i]
-                        for name in ("surprise", "surprise_squared", "improper")
-                    ),
-                )
-            if state["lowest"][i] <= state["highest"][i]:
-                variation = float(state["highest"][i] - state["lowest"][i])
-                variation /= float(self._spread[i])
-            found[int(column)] = from_counts(counts, bound, bound_stderr)._replace(
-                cross_entropy=cross_entropy,
-                variation=variation,
-                repeated=float(state["repeated"]) / max(float(counts.sum()), 1e-30),
+        counts = state["counts"]
+        labels = counts.sum(axis=1)
+        total = np.maximum(labels.sum(axis=1), 1e-30)
+        bound = bound_stderr = cross_entropy = np.full(len(counts), np.nan)
+        if not self._continuous:
+            share = np.where(labels > 0, labels / total[:, None], 1.0)
+            names = ("surprise", "surprise_squared", "improper")
+            bound, bound_stderr, cross_entropy = h_minus_ce(
+                labels, -np.log(share), *(state[name] for name in names)
             )
-        return found
+        seen = state["lowest"] <= state["highest"]
+        variation = (state["highest"] - state["lowest"]) / self._spread
+        variation = np.where(seen, variation, np.nan)
+        repeats = state["repeated"] / total
+        infos = []
+        for start in range(0, len(counts), _AT_ONCE):
+            at = slice(start, start + _AT_ONCE)
+            # Of a column of fewer bins than others have, the rest is empty.
+            found = from_tables(counts[at], self._bins[at], bound[at], bound_stderr[at])
+            infos += separate(
+                found._replace(
+                    cross_entropy=cross_entropy[at],
+                    variation=variation[at],
+                    repeated=repeats[at],
+                )
+            )
+        return dict(zip(self._columns.tolist(), infos, strict=True))
 
     def _probabilities(self):
         return self._from_logits and not self._continuous

@@ -8,7 +8,7 @@ import numpy as np
 from keras_milr import information, targets
 from keras_milr._arguments import as_array, check_bool, check_integer, naming
 from keras_milr.backend import argmax, class_sums, to_numpy
-from keras_milr.readouts.result import Information
+from keras_milr.readouts.result import Information, separate
 
 _MOST_SURPRISE = 1e15  # nats
 
@@ -193,7 +193,7 @@ class Predictions:
         else:
             info = _without_table(*tally(state), prior, bound, bound_stderr)
         return info._replace(
-            cross_entropy=cross_entropy,
+            cross_entropy=float(cross_entropy),
             variation=variation,
             repeated=float(state["repeated"]) / max(float(labels.sum()), 1e-30),
         )
@@ -303,25 +303,49 @@ def from_counts(counts, bound=float("nan"), bound_stderr=float("nan")) -> Inform
         An `Information`. Its `value` comes from the counts, from `bound` or from the
         error rate, as the docstring of `Predictions` says.
     """
-    labels = counts.sum(axis=0)
-    entropy = float(information.entropy(labels))
-    raw = float(information.mutual_information(counts))
+    return separate(from_tables(counts[None], counts.shape[-1], bound, bound_stderr))[0]
+
+
+def from_tables(
+    counts, classes, bound=float("nan"), bound_stderr=float("nan")
+) -> Information:
+    """`from_counts` for many tables at once.
+
+    Args:
+        counts: Tables of shape `(m, K + 1, K)`.
+        classes: How many of the K each of them is about, shape `(m,)` or a number. The
+            rows and columns of others are 0.
+        bound: See `from_counts`, shape `(m,)` or a number.
+        bound_stderr: The same.
+
+    Returns:
+        An `Information` of arrays of shape `(m,)`, or of shapes that go with it.
+    """
+    labels = counts.sum(axis=-2)
+    entropy = information.entropy(labels)
     result = Information(
-        value=float(information.mutual_information(counts, "miller_madow")),
-        raw=raw,
+        value=information.mutual_information(counts, "miller_madow"),
+        raw=information.mutual_information(counts),
         entropy=entropy,
-        null=float(information.null_level(counts)),
-        stderr=float(information.standard_error(counts)),
-        bound=float(np.clip(bound, 0.0, entropy)),
-        bound_stderr=float(bound_stderr),
+        null=information.null_level(counts),
+        stderr=information.standard_error(counts),
+        bound=np.clip(bound, 0.0, entropy),
+        bound_stderr=bound_stderr,
         attainable=attainable(counts),
     )
     # By the classes in the labels, which stay the same in every reading; by those
     # predicted, the estimator would change in the middle of a training. Sums of
     # weights are rounded.
-    if labels.sum() * (1 + 1e-6) >= 5 * np.count_nonzero(labels) ** 2:
-        return result
-    return _by_bound(result, labels, np.diagonal(counts), counts[-1])
+    least = 5 * np.count_nonzero(labels, axis=-1) ** 2
+    enough = labels.sum(axis=-1) * (1 + 1e-6) >= least
+    correct = np.diagonal(counts, axis1=-2, axis2=-1)
+    other = _by_bound(result, labels, correct, counts[:, -1], classes)
+    fields = ("value", "stderr", "estimator")
+    chosen = {
+        name: np.where(enough, getattr(result, name), getattr(other, name))
+        for name in fields
+    }
+    return result._replace(**chosen)
 
 
 def hit_counts(outputs, class_ids, sample_weight=None):
@@ -355,7 +379,7 @@ def from_hits(counts) -> Information:
     return _without_table(labels, counts[0], counts[2], prior, nan, nan)
 
 
-def attainable(counts) -> float:
+def attainable(counts) -> np.ndarray:
     """What would be known if every class were predicted as surely as the surest.
 
     Of labels with noise not even a perfect predictor knows H(Y), and what will not be
@@ -370,20 +394,21 @@ def attainable(counts) -> float:
     on the other classes by their shares, and noise to be alike in all classes.
 
     Args:
-        counts: Table of shape `(K + 1, K)`: see `prediction_counts`.
+        counts: Tables of shape `(..., K + 1, K)`: see `prediction_counts`.
 
     Returns:
-        Nats.
+        Nats, shape `(...)`.
     """
-    labels = counts.sum(axis=0)
-    here = (labels > 0) & (labels < labels.sum())
-    share = labels[here] / max(labels.sum(), 1e-30)
-    right = np.diagonal(counts)[here] + 1.0
-    right = right / (counts[:-1].sum(axis=1)[here] + 1.0)
+    labels = counts.sum(axis=-2)
+    total = labels.sum(axis=-1, keepdims=True)
+    here = (labels > 0) & (labels < total)
+    share = np.where(here, labels / np.maximum(total, 1e-30), 0.5)
+    right = np.diagonal(counts, axis1=-2, axis2=-1) + 1.0
+    right = right / (counts[..., :-1, :].sum(axis=-1) + 1.0)
     wrong = np.maximum(1.0 - right, 1e-30)
     known = right * np.log(right / share) + wrong * np.log(wrong / (1.0 - share))
-    most = np.max(known, initial=0.0, where=right > share)
-    return float(min(most, information.entropy(labels)))
+    most = np.max(known, axis=-1, initial=0.0, where=here & (right > share))
+    return np.minimum(most, information.entropy(labels))
 
 
 def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Information:
@@ -398,59 +423,71 @@ def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Informa
         bound=float(np.clip(bound, 0.0, entropy)),
         bound_stderr=float(bound_stderr),
     )
-    return _by_bound(result, labels, correct, none)
+    rows = (a[None] for a in (labels, correct, none))
+    return separate(_by_bound(result, *rows, len(labels)))[0]
 
 
-def _by_bound(result, labels, correct, none) -> Information:
-    if not np.isnan(result.bound):
-        return result._replace(
-            value=result.bound, stderr=result.bound_stderr, estimator="bound"
-        )
-    value, stderr = _fano(labels, correct, none, result.entropy)
-    return result._replace(value=value, stderr=stderr, estimator="fano")
+def _by_bound(result, labels, correct, none, classes) -> Information:
+    value, stderr = _fano(labels, correct, none, result.entropy, classes)
+    known = ~np.isnan(result.bound)
+    return result._replace(
+        value=np.where(known, result.bound, value),
+        stderr=np.where(known, result.bound_stderr, stderr),
+        estimator=np.where(known, "bound", "fano"),
+    )
 
 
-def _fano(labels, correct, none, entropy):
-    """Fano's lower bound on the information, and its standard error (delta method)."""
+def _fano(labels, correct, none, entropy, classes):
+    """Fano's lower bound on the information, and its standard error (delta method).
+
+    Args:
+        labels: Weights of the labels of each class, shape `(m, K)`.
+        correct: Those of correct predictions, the same.
+        none: Those of rows without a prediction, the same.
+        entropy: H(Y), shape `(m,)` or a number.
+        classes: Number of classes, the same.
+    """
     # Sums of weights may be below 1.
-    classes, total = len(labels), max(labels.sum(), 1e-30)
+    total = np.maximum(labels.sum(axis=-1), 1e-30)
     predicted = labels - none
-    error = 1.0 - correct.sum() / max(predicted.sum(), 1e-30)
-    error = np.clip(error, 0.0, 1.0)
-    value = information.fano_bound(entropy, error, none.sum() / total, classes)
-    samples = max(total, 1.0)
-    least = min(1.0 / samples, 0.5)
+    error = correct.sum(axis=-1) / np.maximum(predicted.sum(axis=-1), 1e-30)
+    error = np.clip(1.0 - error, 0.0, 1.0)
+    value = information.fano_bound(entropy, error, none.sum(axis=-1) / total, classes)
+    samples = np.maximum(total, 1.0)
+    least = np.minimum(1.0 / samples, 0.5)
     inner = np.clip(error, least, 1.0 - least)
     slope = np.log((1.0 - inner) * (classes - 1) / inner)
     # H(Y) varies with the sample too, and with its errors where they are in some
     # classes more than in others.
-    labels, wrong = labels / total, (predicted - correct) / total
+    labels, wrong = (a / total[:, None] for a in (labels, predicted - correct))
     surprise = -np.log(np.where(labels > 0, labels, 1.0))
-    variance = slope**2 * inner * (1.0 - inner) + labels @ (surprise - entropy) ** 2
-    variance -= 2.0 * slope * (wrong @ (surprise - entropy))
-    stderr = np.sqrt(max(variance, 0.0) / samples)
-    return float(value), float(stderr)
+    surprise = surprise - np.reshape(entropy, (-1, 1))
+    variance = slope**2 * inner * (1.0 - inner) + np.sum(labels * surprise**2, axis=-1)
+    variance -= 2.0 * slope * np.sum(wrong * surprise, axis=-1)
+    return value, np.sqrt(np.maximum(variance, 0.0) / samples)
 
 
 def h_minus_ce(labels, prior, surprise, surprise_squared, improper):
     """H(Y) − CE, its standard error, and CE; NaN where outputs are improper.
 
     Args:
-        labels: Weights of the labels of each class.
-        prior: −log of the share of each class, 0 for one without labels.
-        surprise: Sums of −log p(label) for each class.
-        surprise_squared: Sum of its squares.
-        improper: Weight of the rows whose finite outputs are no probabilities.
+        labels: Weights of the labels of each class, shape `(..., K)`.
+        prior: −log of the share of each class, 0 for one without labels, the same.
+        surprise: Sums of −log p(label) for each class, the same.
+        surprise_squared: Sum of its squares, shape `(...)`.
+        improper: Weight of the rows whose finite outputs are no probabilities, the
+            same.
     """
-    total = labels.sum()
-    if total <= 0 or improper > 0:
-        return (float("nan"),) * 3
+    total = labels.sum(axis=-1)
+    known = (total > 0) & (improper == 0)
+    total = np.where(total > 0, total, 1.0)
     # H(Y) − CE is the mean over samples of log p(label | x) − log p(label).
-    cross_entropy = float(surprise.sum() / total)
-    bound = prior @ labels / total - cross_entropy
-    square = prior**2 @ labels - 2 * prior @ surprise
+    cross_entropy = surprise.sum(axis=-1) / total
+    bound = np.sum(prior * labels, axis=-1) / total - cross_entropy
+    square = np.sum(prior**2 * labels - 2 * prior * surprise, axis=-1)
     square = (square + surprise_squared) / total
-    return bound, np.sqrt(max(square - bound**2, 0.0) / total), cross_entropy
+    stderr = np.sqrt(np.maximum(square - bound**2, 0.0) / total)
+    return tuple(np.where(known, a, np.nan) for a in (bound, stderr, cross_entropy))
 
 
 def scaled(state: dict, scale: float = 1.0) -> dict:

@@ -82,6 +82,14 @@ def from_array(rows) -> list[Information]:
     ]
 
 
+def separate(info) -> list[Information]:
+    """One of numbers for each entry of an `Information` of arrays, shape `(m,)`."""
+    arrays = np.broadcast_arrays(*info)
+    return [
+        Information(*row) for row in zip(*(a.tolist() for a in arrays), strict=True)
+    ]
+
+
 def mean(infos, shares=None) -> Information:
     """The mean of several readings, number by number.
 

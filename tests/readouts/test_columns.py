@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, mutual_info_score
 
-from keras_milr import readouts, targets
+from keras_milr import information, readouts, targets
+from keras_milr.readouts import columns
 from tests import reference
 from tests.backends import compiled
 
@@ -124,3 +125,98 @@ def test_constant_outputs_have_no_variation():
         info, _ = read(target, np.repeat(outputs[:1], len(ids), axis=0), ids)
         assert info.variation == 0
         assert info.raw == pytest.approx(0, abs=1e-6)
+
+
+class TestAllUnitsAtOnce:
+    """The tables of all units are read together, not one after the other."""
+
+    def state(self, kind, n, improper=False, units=23):
+        """The readout, its state, and the number of bins of each unit."""
+        rng = np.random.default_rng(n)
+        share = rng.uniform(0, 1, units)
+        if kind == "continuous":
+            labels = rng.normal(size=(n, units))
+            labels[:, ::3] = rng.integers(0, 3, labels[:, ::3].shape)
+            labels[0, ::3] = 3
+        else:
+            labels = (rng.random((n, units)) < share).astype("int32")
+        outputs = labels + share * rng.normal(size=(n, units))
+        if kind == "multi_label" and not improper:
+            outputs = 1 / (1 + np.exp(1 - 2 * outputs))
+        outputs[rng.random((n, units)) < 0.02] = np.nan
+        outputs[:, 2] = np.nan
+        target = targets.Target(kind, units)
+        target, _, ids, outputs = settled(labels, outputs, target)
+        if target.edges is None:
+            bins = np.full(len(target.columns), 2)
+        else:
+            bins = np.array([len(edges) + 1 for edges in target.edges])
+        readout = readouts.Columns(target)
+        weight = rng.integers(0, 4, n).astype("float32") + 0.25
+        state = readout.init(target.num_classes)
+        state = readout.update(state, outputs, ids, weight)
+        state = {name: keras.ops.convert_to_numpy(a) for name, a in state.items()}
+        return readout, target, state, bins
+
+    @pytest.mark.parametrize("scale", [1.0, 0.03])
+    @pytest.mark.parametrize("n", [60, 900])
+    @pytest.mark.parametrize(
+        ("kind", "improper"),
+        [("continuous", False), ("multi_label", False), ("multi_label", True)],
+    )
+    def test_equals_a_loop(self, kind, improper, n, scale):
+        readout, target, state, bins = self.state(kind, n, improper)
+        parts = readout.parts(state, scale)
+        assert list(parts) == list(target.columns)
+        if kind == "continuous" and n == 900:
+            assert len(set(bins)) > 1
+        for i, part in enumerate(parts.values()):
+            expected = reference.column_information(state, i, bins[i], scale)
+            if target.spread is not None:
+                expected["variation"] /= np.float32(target.spread[i])
+            if not np.isfinite(expected["variation"]):
+                expected["variation"] = np.nan
+            assert part.estimator == expected.pop("estimator")
+            for name, value in expected.items():
+                found = getattr(part, name)
+                assert type(found) is float
+                assert found == pytest.approx(value, rel=0, abs=1e-12, nan_ok=True), (
+                    name
+                )
+
+    def test_each_estimator_is_among_them(self):
+        found = set()
+        for kind, improper in (("multi_label", False), ("multi_label", True)):
+            for scale in (1.0, 0.03):
+                readout, _, state, _ = self.state(kind, 60, improper)
+                found |= {p.estimator for p in readout.parts(state, scale).values()}
+        assert found == {"counts", "bound", "fano"}
+
+    @pytest.mark.parametrize("kind", ["continuous", "multi_label"])
+    def test_in_blocks(self, monkeypatch, kind):
+        readout, _, state, _ = self.state(kind, 300)
+        whole = readout.parts(state)
+        monkeypatch.setattr(columns, "_AT_ONCE", 5)
+        parts = readout.parts(state)
+        assert list(parts) == list(whole)
+        for part, expected in zip(parts.values(), whole.values(), strict=True):
+            np.testing.assert_allclose(part[:-1], expected[:-1], rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("kind", ["continuous", "multi_label"])
+    def test_takes_as_many_steps_for_many(self, monkeypatch, kind):
+        steps = {}
+        for units in (5, 200):
+            readout, _, state, _ = self.state(kind, 100, units=units)
+            calls = []
+            for name in ("entropy", "mutual_information", "standard_error"):
+                function = getattr(information, name)
+
+                def counted(*args, function=function, calls=calls):
+                    calls.append(function)
+                    return function(*args)
+
+                monkeypatch.setattr(information, name, counted)
+            readout.parts(state)
+            steps[units] = len(calls)
+            monkeypatch.undo()
+        assert steps[200] == steps[5] > 0
