@@ -225,7 +225,8 @@ class _MissingShare(_Configured):
         there = np.fmin(reading.reference, reading.attainable)
         little = known < share * there
         # At a rate that is about right half is known after a quarter of an epoch.
-        soon = little | (reading.information < 0.5 * there)
+        soon = known < share * reading.reference
+        soon |= reading.information < 0.5 * there
         # Nothing far above a rate that a range test found learns better.
         little &= not reading.searched
         may_grow = (
@@ -282,7 +283,8 @@ class ReferenceLevel(_MissingShare):
        else the rate stays while less than half is reached, be it a low rate or noise
        in the labels that it comes from. This mends a start that is far too low. Within
        the first epoch it begins only while less than half is reached of what seems
-       attainable, or so little. A raise that costs information is undone.
+       attainable, or H(Y) − CE is less than a quarter of the reference. A raise that
+       costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -362,7 +364,8 @@ class ThresholdDecay(_MissingShare):
        falls, since counts go to and fro then; else it stays while less than half is
        reached, be it a low rate or noise in the labels that it comes from. Within the
        first epoch it begins only while less than half is reached of what seems
-       attainable, or so little. A raise that costs information is undone.
+       attainable, or H(Y) − CE is less than a quarter of the reference. A raise that
+       costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 

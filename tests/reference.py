@@ -289,13 +289,12 @@ def reference_level(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    little = r["information"] < 0.1 * there(r)
     probabilities = r["bound"] is not None and not math.isnan(r["bound"])
-    if probabilities:
-        little = min(r["information"], r["bound"]) < 0.25 * there(r)
+    known = min(r["information"], r["bound"]) if probabilities else r["information"]
+    part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
-    soon = little or r["information"] < 0.5 * there(r)
-    little = little and not r["searched"]
+    soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
+    little = known < part * there(r) and not r["searched"]
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
@@ -337,13 +336,12 @@ def threshold_decay(
         change = 0.0
     gain = change / max(r["reference"] - r["previous"], negligible)
     early = r["information"] < 0.5 * r["reference"]
-    little = r["information"] < 0.1 * there(r)
     probabilities = r["bound"] is not None and not math.isnan(r["bound"])
-    if probabilities:
-        little = min(r["information"], r["bound"]) < 0.25 * there(r)
+    known = min(r["information"], r["bound"]) if probabilities else r["information"]
+    part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
-    soon = little or r["information"] < 0.5 * there(r)
-    little = little and not r["searched"]
+    soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
+    little = known < part * there(r) and not r["searched"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1

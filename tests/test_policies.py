@@ -311,6 +311,11 @@ def test_within_the_first_epoch_rates_only_rise(policy):
         assert policy(make_reading(**slow, bound=0.1)) == pytest.approx(0.03)
         found = make_reading(**slow, bound=0.1)._replace(searched=True)
         assert policy(found) == 0.01  # It cannot be far too low.
+    # Where a quarter of H(Y) is not known yet, a raise may begin, but not threefold.
+    noisy = make_reading(**early, bound=0.4)._replace(attainable=np.array([1.2]))
+    assert policy(noisy) == pytest.approx(0.02)
+    assert policy(noisy._replace(bound=np.array([0.6]))) == 0.01
+    assert policy(noisy._replace(previous=np.array([0.8]))) == 0.01
     known = early | {"information": 1.3, "previous": 1.1}
     assert policy(make_reading(**known)) == 0.01  # A start that is about right.
     known |= {"start_rate": 0.001}
