@@ -480,7 +480,7 @@ def own_seed_generator(seed):
     """
     kept = _get_global(_SEED_GENERATOR)
     # With a name of its own, or the next automatic name would be another.
-    own = keras.random.SeedGenerator(seed, name="range_test")
+    own = keras.random.SeedGenerator(seed, name="own")
     start = keras.ops.convert_to_numpy(own.state).copy()
     _set_global(_SEED_GENERATOR, own)
     try:
