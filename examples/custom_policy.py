@@ -134,6 +134,7 @@ def print_reading(record):
         "bound": "the part of it that the probabilities say, H(Y) - CE",
         "searched": "whether a range test found the rate at the start",
         "attainable": "what there seems to be to know of noisy labels",
+        "at_raise": "what was known when the rate was last raised",
     }
     print(f"\nA reading: that after epoch {record['epoch'] + 1}")
     for name in keras_milr.policies.Reading._fields:

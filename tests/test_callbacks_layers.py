@@ -119,7 +119,7 @@ class TestRates:
         assert len(readings) == 3
         for reading in readings:
             arrays = [v for v in reading if isinstance(v, np.ndarray)]
-            assert [a.shape for a in arrays] == [(3,)] * 10
+            assert [a.shape for a in arrays] == [(3,)] * 11
             np.testing.assert_allclose(reading.rate, [1e-3, 1e-3, 2e-3], rtol=1e-6)
             np.testing.assert_allclose(reading.reference, np.log(10), rtol=1e-2)
         assert np.any(readings[0].information != readings[1].information)
