@@ -195,7 +195,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             of a dataset; of arrays they have the size that makes as many as `fit` has,
             or 32.
             Defaults to `None`: keep the optimizer's.
-        min_lr: Float `>= 0`, lower bound of the rate. Defaults to `1e-6`.
+        min_lr: Float `>= 0`, lower bound of the rate. A layer that starts below it, as
+            under a warm-up of the base from 0, may stay there. Defaults to `1e-6`.
         max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
             highest rate that trained in the range test, or, where an epoch has fewer
             than 30 steps, the one that learned fastest in it; else a thousand times the
