@@ -279,9 +279,10 @@ class Controller:
 
 
 def check_bounds(source, min_lr, max_lr):
-    """Refuses a start outside of the bounds, with a ValueError."""
+    """Refuses a start of `rates` outside of the bounds, with a ValueError."""
     rates = source.get()
-    low = np.float32(min_lr if source.is_whole else 0)
+    # The base of layers may begin at 0, and some of them far below all others.
+    low = np.float32(min_lr if source.names is None else 0)
     high = np.float32(np.inf if max_lr is None else max_lr)
     outside = (rates < low) | (rates > high)
     if np.any(outside):

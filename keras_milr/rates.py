@@ -24,7 +24,6 @@ class NetworkRate:
     """
 
     names = None
-    is_whole = True  # Nobody else sets a part of it.
 
     def __init__(self, model):
         self._model = model
@@ -73,9 +72,6 @@ class LayerRates:
             and for a group that a multiplier of 0 has frozen, unless `layers` is
             `"all"`, which leaves it out.
     """
-
-    # The base may begin at 0, and lower layers of many far below all others.
-    is_whole = False
 
     def __init__(self, model, layers):
         self._model = model

@@ -33,7 +33,7 @@ def predicted(model, x):
     return p[:, 0] > 0.5 if p.shape[1] == 1 else p.argmax(axis=1)
 
 
-@pytest.mark.parametrize(
+in_every_way = pytest.mark.parametrize(
     "options",
     [
         pytest.param(
@@ -51,6 +51,9 @@ def predicted(model, x):
     ],
     ids=str,
 )
+
+
+@in_every_way
 def test_equals_scikit_learn(digits, options):
     x, y = digits
     model = make_model(**options)
@@ -421,23 +424,7 @@ class TestThousandsOfClasses:
         expected[[0, 0, 0, 1], [0, 49_999, 30_000, 49_999]] = 1
         np.testing.assert_array_equal(metric.table(), expected)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            pytest.param(
-                {"jit_compile": True},
-                marks=pytest.mark.backends("tensorflow", "jax", reason=TORCH_COMPILE),
-            ),
-            {"run_eagerly": True, "jit_compile": False},
-            pytest.param(
-                {"steps_per_execution": 7},
-                marks=pytest.mark.backends(
-                    "tensorflow", "jax", reason="PyTorch has no `steps_per_execution`"
-                ),
-            ),
-        ],
-        ids=str,
-    )
+    @in_every_way
     def test_in_a_model_that_is_saved_and_loaded(self, options, tmp_path):
         model, codes = self.make_model(**options)
         x, y = self.inputs(codes)
