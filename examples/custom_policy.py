@@ -121,7 +121,7 @@ def print_reading(record):
     """The fields of a reading, as the policy saw them."""
     words = {
         "rate": "the present rate",
-        "start_rate": "the rate at the beginning",
+        "start_rate": "the rate at the start",
         "peak_rate": "the highest so far",
         "information": "what the network knows of the labels now, nats",
         "previous": "the same an epoch before",
@@ -135,6 +135,7 @@ def print_reading(record):
         "searched": "whether a range test found the rate at the start",
         "attainable": "what there seems to be to know of noisy labels",
         "at_raise": "what was known when the rate was last raised",
+        "restarts": "how often it started again, far lower",
     }
     print(f"\nA reading: that after epoch {record['epoch'] + 1}")
     for name in keras_milr.policies.Reading._fields:

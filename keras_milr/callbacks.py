@@ -128,6 +128,10 @@ class MutualInformationLR(keras.callbacks.Callback):
     model.fit(x_train, y_train, initial_epoch=7, epochs=20, callbacks=[callback])
     ```
 
+    A training that had come to its end goes on with more `epochs` from its highest
+    rate, as in another `fit`. Without `load_state` a file that was saved late in a
+    training holds the low rate of then: compile again, or pass `learning_rate=`.
+
     While less than half of H(Y) is known, and after a reading that was worse than the
     best, such a file also has the weights to roll back to. The order of batches is not
     in it: with `shuffle=True` a resumed `fit` draws another one than it would have had.
@@ -215,8 +219,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             six readings or more: equally many in each epoch, at least 20 batches apart.
             Defaults to `"epoch"`.
         rollback: Whether to go back to the last good weights and optimizer state, at
-            rates lowered to 0.3, or to the start at 0.1 where less than half had been
-            known of what seems attainable (after a raise, of those before it), when the
+            rates lowered to 0.3 (after a raise, of those before it), or, where less
+            than half had been known of what seems attainable, to the start at 0.03, and
+            from then on no higher than a tenth of what failed, when the
             training fails: the loss, the weights or the optimizer's state are not
             finite, or, with a probe, the output is worse than the same guess for every
             sample after it was better, or does not depend on the input any more, or is
@@ -228,8 +233,12 @@ class MutualInformationLR(keras.callbacks.Callback):
             raises then comes back as it was, that of the start at a half. Under such a
             policy it also counts as failed that, for three readings in a row, a tenth
             of H(Y) of what was known is missing and the cross-entropy is as much
-            higher. Each time warns; after the tenth the training stops. Defaults to
-            `True`.
+            higher. Where so much is lost in the second reading at the rate of the
+            start, or a raise from it then costs information, that rate may be too high
+            itself, and what it has done to the weights would stay: a lower one, 0.3 of
+            it, is given as long, from the start, and if less is learned, what the first
+            start had learned comes back, at half its rate. Each time warns; after the
+            tenth the training stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use, which begins
             with the name of the output where there are several. One on the validation
             data is read after epochs only. Defaults to `None`: the metric on the
@@ -245,9 +254,9 @@ class MutualInformationLR(keras.callbacks.Callback):
             from before the training (`step` 0); within the first epoch, `step` is the
             share of it that has passed. With `layers` these fields are dicts
             from layer to number, and `output` has what was found at the output. Where
-            that is a mean, `outputs`, by name, and `labels` or `columns`, by number,
-            have what it is the mean of, and `bins` has the number of bins of continuous
-            targets.
+            that is a mean, `outputs`, by name, and up to 64 `labels` or `columns`, by
+            number, have what it is the mean of, and `bins` has the number of bins of
+            continuous targets.
         lr_range: The `LRRange` that was found with `learning_rate="auto"`, else `None`.
 
     Raises:
@@ -453,6 +462,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._resume(epoch)
             else:
                 self._start(epoch)
+        self._controller.begin_epoch()
         self._timing.divide(self._early_readings(epoch))
         self._note_state(epoch)
 
@@ -554,13 +564,14 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _note_state(self, epoch):
         """Notes this moment, between two readings, as before the given epoch."""
+        within = epoch == self._timing.epoch  # Begun, and begun again after a resume.
         content = {
             "settings": self._settings(),
             "epoch": epoch,
-            **self._timing.state(),
+            **self._timing.state(within),
             "max_lr": self._max_lr,
             "lr_range": self.lr_range and self.lr_range._asdict(),
-            "controller": self._controller.state(),
+            "controller": self._controller.state(within),
             "rates": self._rates.state(),
             "table": self._table and self._table.state(),
             "history": self.history.copy(),
@@ -584,6 +595,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         state, arrays, missing = self._state.take(epoch, self._settings(), per_epoch)
         with resuming():
             self._take_up(state, arrays)
+            left = state["controller"]["left"]
+            if left is not None and left <= missing:
+                # That training had ended. This one goes on from the highest rate, as
+                # it does in another `fit`.
+                self._controller.end()
         if self.verbose > 0:
             _print(
                 f"MutualInformationLR resuming at epoch {epoch + 1}, with learning "
@@ -762,8 +778,11 @@ class MutualInformationLR(keras.callbacks.Callback):
                 self._output(infos),
                 infos,
                 loss,
+                reading.step,
+                reading.steps,
+                explores=self._controller.explores(),
                 raised=tries,
-                explores=self._controller.explores() and passed is None,
+                at_start=self._controller.is_at_start(reading),
             )
             if failure is not None:
                 self._roll_back(reading, failure)
@@ -786,10 +805,10 @@ class MutualInformationLR(keras.callbacks.Callback):
 
     def _roll_back(self, reading, failure):
         base = rates.base_rate(self.model)
-        infos, factor, place = self._rollback.restore()
+        infos, way, place = self._rollback.restore()
         self._rates.keep_base(base)
         self._failed = True
-        new = self._controller.roll_back(infos, reading, factor)
+        new = self._controller.roll_back(infos, reading, way)
         what = f"learning rate {new.max():.4g}"
         if self._rollback.count >= MOST:
             self.model.stop_training = True

@@ -7,11 +7,14 @@ import numpy as np
 
 from keras_milr._arguments import LARGEST
 from keras_milr.policies import Reading
+from keras_milr.rollback import Way
 
 _ARRAYS = (
     *("start", "peak", "own_peak"),
     *("previous", "latest", "best", "at_raise"),
 )
+_MAYBE = ("before", "highest", "other")  # Arrays, or None.
+_COUNTS = ("step", "due", "rollbacks", "restarts")
 
 
 class Controller:
@@ -56,17 +59,22 @@ class Controller:
             check_bounds(rates, min_lr, max_lr)
             self._own_peak = rates.own()  # Not of a base that others set.
             self._previous = self._latest = self._best = self._at_raise = None
-            self._step, self._due, self._rollbacks = -1, -1, 0
+            self._step, self._due, self._rollbacks, self._restarts = -1, -1, 0, 0
+            self._due_before = 0  # How many readings were due before this epoch.
             self._before = None  # The rates before a raise, until it is judged.
+            self._highest = None  # Bounds after a restart, below what has failed.
+            self._other = None  # The rates to go back to from a second start.
             self._glide = None  # From where to where, and where we were last.
         else:
             for name in _ARRAYS:
                 setattr(self, f"_{name}", self._numbers(state, name))
-            self._step, self._due, self._rollbacks = map(
-                operator.index, (state["step"], state["due"], state["rollbacks"])
-            )
-            raised = state["before"] is not None
-            self._before = self._numbers(state, "before") if raised else None
+            for name in _COUNTS:
+                setattr(self, f"_{name}", operator.index(state[name]))
+            self._due_before = self._due
+            for name in _MAYBE:
+                known = state[name] is not None
+                value = self._numbers(state, name) if known else None
+                setattr(self, f"_{name}", value)
             self._glide = None
             if state["glide"] is not None:
                 ends = dict(zip(("from", "to"), state["glide"], strict=True))
@@ -75,13 +83,23 @@ class Controller:
                 if np.all((at >= end) & (at <= start)):
                     self._glide = start, end, at
 
-    def state(self) -> dict:
-        """What a policy is told, as far as it cannot be measured again."""
-        arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
-        numbers = {"step": self._step, "due": self._due}
-        numbers["rollbacks"] = self._rollbacks
-        glide = self._glide and self._glide[:2]
-        return arrays | numbers | {"before": self._before, "glide": glide}
+    def begin_epoch(self):
+        """Notes that an epoch begins, which a resumed training may begin again."""
+        self._due_before = self._due
+
+    def state(self, within=False) -> dict:
+        """What a policy is told, as far as it cannot be measured again.
+
+        Args:
+            within: Whether this epoch begins again where the training goes on, with all
+                its readings. Defaults to `False`.
+        """
+        names = (*_ARRAYS, *_COUNTS, *_MAYBE)
+        state = {name: getattr(self, f"_{name}") for name in names}
+        if within:
+            state["due"] = self._due_before
+        left = None if self._steps is None else max(self._steps - state["due"], 0)
+        return state | {"glide": self._glide and self._glide[:2], "left": left}
 
     def _numbers(self, state, name):
         """An array of a state that may be forged."""
@@ -97,6 +115,11 @@ class Controller:
     def tries(self) -> bool:
         """Whether the policy has raised a rate last, to see what comes of it."""
         return self.explores() and self._before is not None
+
+    def is_at_start(self, reading) -> bool:
+        """Whether no rate, or none before a raise, is above that of the start."""
+        before = reading.rate if self._before is None else self._before
+        return bool(np.all(before <= self._start))
 
     def read(self, infos, passed: float | None = None, apart: int = 1) -> Reading:
         """The reading that a policy is handed.
@@ -138,6 +161,7 @@ class Controller:
             searched=self._searched,
             attainable=np.array([info.attainable for info in infos], "float64"),
             at_raise=self._at_raise,
+            restarts=self._restarts,
         )
         for value in reading:
             if isinstance(value, np.ndarray):
@@ -224,30 +248,45 @@ class Controller:
 
         Else a training to come would start from next to nothing.
         """
+        self._glide = None
         if getattr(self._policy, "anneals", False):
             self.rates.set_own(np.maximum(self.rates.own(), self._own_peak))
 
-    def roll_back(self, infos, reading, factor: float | None) -> np.ndarray:
+    def roll_back(self, infos, reading, way: Way) -> np.ndarray:
         """Lowers the rates after a training that failed, and sets them.
+
+        Rates before a raise, which is undone, come back as they were, but at a half
+        where they had not been raised before: a start has not shown to serve, and may
+        be close below what fails. After a restart nothing above a tenth of what failed
+        is tried, and it starts low enough to be raised.
 
         Args:
             infos: What was read of the weights that the model was set back to.
             reading: The reading of the failure.
-            factor: What its rates, or those before the policy raised them, are
-                multiplied with. None: a raise is undone. Rates come back as they were,
-                but at a half where they had not been raised before: a start has not
-                shown to serve, and may be close below what fails.
+            way: How the training goes on.
         """
         self._rollbacks += 1
-        rates = reading.rate
-        if factor is None:
-            raised = rates > self._before
-            factor = np.where(raised & (self._before <= self._start), 0.5, 1.0)
+        before = after = reading.rate
         if self._before is not None:
-            rates = np.minimum(rates, self._before)
-        rates = self._clipped(rates * factor)
+            before = np.minimum(before, self._before)
+            at_start = (reading.rate > before) & (before <= self._start)
+            after = before * np.where(at_start, 0.5, 1.0)
+        if way is Way.FIRST:
+            rates, self._other = self._other, None
+        elif way is Way.UNDO:
+            rates = after
+        elif way is Way.SECOND:
+            rates, self._other = 0.3 * before, 0.5 * before
+        elif way is Way.CUT:
+            rates = 0.3 * before
+        else:
+            rates, self._highest = 0.03 * reading.rate, 0.1 * reading.rate
+            self._restarts += 1
+        rates = self._clipped(rates)
         self._before = None
         self.rates.set(rates)
+        if way is Way.RESTART:
+            self._start = self.rates.get()
         # As they were set, in float32: a rate below the highest by rounding would count
         # as lowered.
         self._peak, self._own_peak = self.rates.get(), self.rates.own()
@@ -259,9 +298,10 @@ class Controller:
         low, high = self._bounds
         # Where somebody else has set a rate below the bound, it may stay there.
         low = np.minimum(low, self.rates.get())
-        return np.clip(
-            rates, low, self.rates.ceiling(self._start) if high is None else high
-        )
+        high = self.rates.ceiling(self._start) if high is None else high
+        if self._highest is not None:
+            high = np.maximum(low, np.minimum(high, self._highest))
+        return np.clip(rates, low, high)
 
     def _reference_of(self, info) -> float:
         if self._reference is None:

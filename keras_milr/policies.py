@@ -8,7 +8,8 @@ across layers: it keeps the ratio between their rates within `max_ratio`.
 A policy that raises rates to see what comes of it has an attribute `undoes_raises`
 that is true. Where the information falls after a raise, and the cross-entropy rises
 with it, `MutualInformationLR(rollback=True)` then goes back to the weights before; see
-`keras_milr.rollback.fell`. So it does where much of it stays lost. `ReferenceLevel`
+`keras_milr.rollback.fell`. So it does where much of it stays lost; and where that
+happens to the rate of the start, a lower one is tried from there. `ReferenceLevel`
 and `ThresholdDecay` are such policies.
 
 One whose attribute `early_readings` is above 0 is shown as many readings within the
@@ -40,7 +41,8 @@ class Reading(NamedTuple):
 
     Attributes:
         rate: The present learning rates.
-        start_rate: The rates at the beginning of the training.
+        start_rate: The rates at the start of the training, the last one: see
+            `restarts`.
         peak_rate: The highest rates so far.
         information: The accessible information now, nats.
         previous: The same an epoch (or `update_freq` batches) ago; within the first
@@ -66,6 +68,8 @@ class Reading(NamedTuple):
             as NaN.
         at_raise: The information when the rate was last raised, nats; where it has not
             been, before the training. `None` counts as `previous`.
+        restarts: How many of the roll backs were restarts: back to the weights of the
+            start, at rates far below those that had failed. Defaults to `0`.
     """
 
     rate: np.ndarray
@@ -83,6 +87,7 @@ class Reading(NamedTuple):
     searched: bool = False
     attainable: np.ndarray | None = None
     at_raise: np.ndarray | None = None
+    restarts: int = 0
 
 
 Policy = Callable[[Reading], np.ndarray]
@@ -227,11 +232,12 @@ class _MissingShare(_Configured):
         # At a rate that is about right half is known after a quarter of an epoch.
         soon = known < share * reading.reference
         soon |= reading.information < 0.5 * there
-        # Nothing far above a rate that a range test found learns better.
-        little &= not reading.searched
+        # Nothing far above a rate that a range test found learns better, nor above one
+        # that was taken because a higher one failed.
+        little &= not (reading.searched or reading.restarts > 0)
         may_grow = (
             (reading.step <= self.grow_steps)
-            & (reading.rollbacks == 0)
+            & (reading.rollbacks == reading.restarts)
             & (reading.rate >= reading.peak_rate)
             & (little | (gain >= 0))  # While little is known, it goes to and fro.
             & (reading.information < self.grow_below * reading.reference)
@@ -277,9 +283,9 @@ class ReferenceLevel(_MissingShare):
        reference is reached: rate × 2 if g > share (0.2, if that is more, within the
        first epoch), also since the last raise, by ten standard errors where there are
        no probabilities, and no reading was better; else, unless a range test found the
-       start, rate × 3 while H(Y) − CE is less than a quarter of what seems
-       `attainable` (the information less than a tenth, where there are no
-       probabilities), also if the information falls, since counts go to and fro then;
+       start or a far higher one failed, rate × 3 while H(Y) − CE is less than a
+       quarter of what seems `attainable` (the information less than a tenth, where
+       there are no probabilities), also if the information falls, since counts go to and fro then;
        else the rate stays while less than half is reached, be it a low rate or noise
        in the labels that it comes from. This mends a start that is far too low. Within
        the first epoch it begins only while less than half is reached of what seems
@@ -358,7 +364,8 @@ class ThresholdDecay(_MissingShare):
        epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
        g > threshold (0.2, if that is more, within the first epoch), also since the
        last raise, by ten standard errors where there are no probabilities, and no
-       reading was better; else, unless a range test found the start, × 3 while
+       reading was better; else, unless a range test found the start or a far
+       higher one failed, × 3 while
        H(Y) − CE is less than a quarter of what seems `attainable` (the information
        less than a tenth, where there are no probabilities), also if the information
        falls, since counts go to and fro then; else it stays while less than half is
@@ -520,7 +527,7 @@ def _checked(reading: Reading) -> Reading:
             "Argument `reading` must be a policies.Reading. "
             f"Received: reading={reading!r} of type {type(reading).__name__}"
         )
-    for name in ("step", "steps", "rollbacks"):
+    for name in ("step", "steps", "rollbacks", "restarts"):
         number = getattr(reading, name)
         early = name == "step" and isinstance(number, float) and 0 < number < 1
         if not early and (number is not None or name != "steps"):

@@ -14,7 +14,7 @@ from keras_milr.readouts.predictions import scaled, tally
 from keras_milr.untouched import own_random_state
 
 BATCH_SIZE = 256  # of a reading; a model with a batch size of its own keeps it
-_QUESTIONS = 64  # that layers are read by, at most
+_QUESTIONS = 64  # that layers are read by, at most, and that are listed one by one
 _INPUTS, _OUTPUTS = 2**22, 2**26  # numbers of a batch at most, but for a single row
 
 
@@ -59,7 +59,7 @@ class Probe:
         finite: Whether all outputs were finite then.
         details: What that reading is the mean of, as a dict that is JSON-serialisable:
             `outputs`, where several are read, and of each, where it has them, `labels`
-            or `columns` by number, and `bins`.
+            or `columns` by number, and `bins`, where they are few.
     """
 
     def __init__(self, model, sample, readout=None, groups=(), layer_readout=None):
@@ -265,8 +265,9 @@ def _details(labels, readout, state, scale) -> dict:
     target, details = labels.target, {}
     if target.kind == "continuous":
         bins = [len(edges) + 1 for edges in target.edges]
-        details["bins"] = bins if target.units > 1 else bins[0]
-    if target.by_unit and target.units > 1:
+        if target.units <= _QUESTIONS:
+            details["bins"] = bins if target.units > 1 else bins[0]
+    if target.by_unit and 1 < target.units <= _QUESTIONS:
         key = "columns" if target.kind == "continuous" else "labels"
         parts = readout.parts(state, scale)
         details[key] = {str(column): one._asdict() for column, one in parts.items()}

@@ -1,5 +1,6 @@
 """Back to the last good weights, when a training fails."""
 
+import enum
 import math
 
 import keras
@@ -14,14 +15,28 @@ _NEGLIGIBLE = 0.02  # share of H(Y)
 _SAME = 1e-6  # outputs that differ by less are the same
 _LITTLE = 0.1  # share of H(Y)
 _LASTS = 3  # readings in a row
+# Of what a resumed training must know: weights and what was read of them, numbers.
+_KEPT = ("good", "start", "other")
+_NUMBERS = ("low", "learned", "start_step", "good_step", "tried", "other_age")
+
+
+class Way(enum.Enum):
+    """What happens to the rates when weights are set back; see `Controller`."""
+
+    CUT = "lowered, after a failure"
+    RESTART = "far lower, from the start, after a failure in which little was learned"
+    UNDO = "as before a raise"
+    SECOND = "lower, from the start, whose rate seems too high"
+    FIRST = "as before a second start, which knows less"
 
 
 class Rollback:
     """Keeps the weights of the last good reading, and says when to go back to them.
 
     Two copies of the weights, of the buffers of PyTorch's modules and of the
-    optimizer's state are held in the host's memory: those of the start, until half is
-    known of what seems attainable, and those of the last good reading.
+    optimizer's state are held in the host's memory: those of the start, for two
+    readings and until half is known of what seems attainable, and those of the last
+    good reading; of a first start a third one, while a second one is tried.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -37,14 +52,30 @@ class Rollback:
         )
         self._now = None  # What was read of the present weights.
         self._undo = False  # Whether all that failed was a raise of the rate.
+        self._again = False  # Whether a lower rate may do better from the start.
         self._low = 0  # Readings in a row that were far below the best.
         self._learned = False  # Whether the cross-entropy was ever below H(Y).
+        self._step = 0.0  # Number of the present reading,
+        self._good_step = 0.0  # of the last good one,
+        self._start_step = 0.0  # and of that at which the training started, or again.
+        self._tried = False  # Whether there was a second start that did not do better.
+        self._other = None  # Of the first start while a second one is tried: as
+        self._other_best = None  # `_good`, as `_best`,
+        self._other_age = 0.0  # and in how many readings it came there.
         self.count = 0
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
     def judge(
-        self, output, infos, loss: float, raised=False, explores=False
+        self,
+        output,
+        infos,
+        loss: float,
+        step=0.0,
+        steps=None,
+        explores=False,
+        raised=False,
+        at_start=False,
     ) -> str | None:
         """What is wrong with the training, in words; else keeps the present weights.
 
@@ -52,24 +83,43 @@ class Rollback:
             output: `Information` at the output.
             infos: `Information` for each rate.
             loss: The training loss.
-            raised: Whether it was trained at a rate that was raised to see what comes.
-            explores: Whether the policy is one that raises rates for that.
+            step: Number of the reading, as a policy is told.
+            steps: Number of readings planned, or None where it is not known.
+            explores: Whether the policy is one that raises rates to see what comes.
+            raised: Whether it was trained at a rate that was raised for that.
+            at_start: Whether the rate, or that before the raise, is that of the start.
+                That may be far too high, and what it has done to the weights stays. So
+                a lower one is given as long, from the start.
         """
         values = self._values()
-        failure, self._undo = self._not_finite(values, loss), False
+        self._step = step
+        failure, self._undo, self._again = self._not_finite(values, loss), False, False
         # A model that had no weights at the start has no best reading yet.
-        compared = self._best is not None
-        if compared and failure is None:
-            failure = collapse(
-                output, self._best, self._first, self._even, self._learned
-            )
-        if compared and failure is None and raised:
-            failure = fell(output, self._best)
-            self._undo = failure is not None
-        if compared and failure is None and explores:
-            failure = self._stays_low(output)
+        if failure is None and self._best is not None:
+            again = explores and at_start and self._may_start_again(steps)
+            failure = self._fails(output, explores, raised, again)
         if failure is None:
             self.keep(output, infos, values)
+        return failure
+
+    def _fails(self, output, explores, raised, again):
+        """What has been lost, in words; else None."""
+        failure = collapse(output, self._best, self._first, self._even, self._learned)
+        if failure is None and raised:
+            failure = fell(output, self._best)
+            self._undo, self._again = failure is not None, again
+        if failure is not None:
+            return failure
+        if again and is_below(output, self._best, _LITTLE):
+            self._again = True
+            return (
+                "at the rate of the start the information fell from "
+                f"{self._best.accessible:.4g} to {output.accessible:.4g} nats"
+            )
+        if explores and not 0 < self._step < 1:
+            failure = self._stays_low(output)
+        if failure is None and self._other is not None:
+            failure = self._knows_less(output)
         return failure
 
     def keep(self, output, infos, values=None):
@@ -86,11 +136,13 @@ class Rollback:
         if self._best is None:
             self._first = self._best = output
             self._start = self._good = infos, values
+            self._start_step = self._good_step = self._step
         elif output.accessible >= self._best.accessible - output.noise:
-            self._good = infos, values
+            self._good, self._good_step = (infos, values), self._step
             if output.accessible > self._best.accessible:
                 self._best = output
-            if self._half_is_known():
+            # A raise after the first reading is judged by the second one.
+            if self._half_is_known() and self._step - self._start_step >= 2:
                 self._start = None
 
     def _not_finite(self, values, loss):
@@ -122,13 +174,39 @@ class Rollback:
             f"{output.accessible:.4g} of {self._best.accessible:.4g} nats"
         )
 
+    def _knows_less(self, output):
+        """What a second start lacks once it is as old as the first was; else None."""
+        if self._step - self._start_step < 0.9 * self._other_age:
+            return None
+        known = self._other_best.accessible
+        if output.accessible >= known - _margin(output, _NEGLIGIBLE):
+            # Of about as much, the lower rate is farther from one that fails.
+            self._other = self._other_best = None
+            self._tried = False  # It may be too high as well.
+            return None
+        return (
+            f"from the start at a lower rate {output.accessible:.4g} nats were learned "
+            f"in the time of {known:.4g}"
+        )
+
+    def _may_start_again(self, steps):
+        """Whether a second start is about as old as the first by the next reading.
+
+        And whether most of the training is left then.
+        """
+        if self._tried or self._start is None or steps is None:
+            return False
+        age = self._good_step - self._start_step
+        ahead = 1.0 if self._step >= 1 else self._step - self._good_step
+        alike = 0.5 * ahead <= age <= 1.1 * ahead
+        return alike and steps - self._step >= 3 * age
+
     def restore(self):
         """Sets weights and optimizer back to the last good reading, or to the start.
 
         Returns:
-            What was read of these weights, an `Information` for each rate; the factor
-            to lower the rates by, None where a raise is undone; and where these weights
-            are from, in words.
+            What was read of these weights, an `Information` for each rate; a `Way`; and
+            where these weights are from, in words.
 
         Raises:
             ValueError: where nothing has been kept.
@@ -141,27 +219,37 @@ class Rollback:
             )
         self.count += 1
         self._low = 0
-        factor, place = 0.3, "the last good reading"
-        if self._undo:
-            factor = None
+        way, place = Way.CUT, "the last good reading"
+        if self._other is not None:
+            way, place = Way.FIRST, "what the first start had learned"
+            self._good, self._best = self._other, self._other_best
+            self._other = self._other_best = None
+        elif self._again:
+            way, place = Way.SECOND, "the start, to try a lower rate for as long"
+            self._other, self._other_best = self._good, self._best
+            self._other_age = self._good_step - self._start_step
+            self._tried = True
+        elif self._undo:
+            way = Way.UNDO
         elif not self._half_is_known():
             # Little was learned, at a rate that is far too high.
-            factor, self._good, self._best = 0.1, self._start, self._first
-            place = "the start"
+            way, place = Way.RESTART, "the start"
+        if way in (Way.RESTART, Way.SECOND):
+            self._good, self._best = self._start, self._first
+            self._start_step = self._good_step = self._step
         infos, values = self._good
         assign(list(zip(self._variables(), values, strict=True)))
         self._now = infos
-        return infos, factor, place
+        return infos, way, place
 
     def state(self) -> tuple[dict, dict]:
         """What to resume with: a dict for JSON, and the values that are kept."""
-        kept = {"good": self._good, "start": self._start}
-        state = {
+        kept = {name: getattr(self, f"_{name}") for name in _KEPT}
+        state = {name: getattr(self, f"_{name}") for name in _NUMBERS} | {
             "count": self.count,
-            "low": self._low,
-            "learned": self._learned,
             "first": self._first._asdict(),
             "best": self._best._asdict(),
+            "other_best": self._other_best and self._other_best._asdict(),
             "now": [info._asdict() for info in self._now],
         }
         for name, pair in kept.items():
@@ -192,13 +280,17 @@ class Rollback:
         Raises:
             ValueError: for arrays of another model.
         """
-        self.count, self._low = state["count"], state["low"]
-        self._learned = bool(state["learned"])
+        self.count = state["count"]
+        for name in _NUMBERS:
+            kind = type(getattr(self, f"_{name}"))
+            setattr(self, f"_{name}", kind(state[name]))
         self._first, self._best = (Information(**state[k]) for k in ("first", "best"))
+        if state["other_best"] is not None:
+            self._other_best = Information(**state["other_best"])
         self._now = [Information(**info) for info in state["now"]]
         present = self._values()
         kept = {}
-        for name in ("good", "start"):
+        for name in _KEPT:
             if state[name] is None:
                 kept[name] = None
             elif arrays is None:
@@ -206,7 +298,7 @@ class Rollback:
             else:
                 infos = [Information(**info) for info in state[name]]
                 kept[name] = infos, _replaced(present, arrays, name)
-        self._good, self._start = kept["good"], kept["start"]
+        self._good, self._start, self._other = (kept[name] for name in _KEPT)
 
     def _half_is_known(self):
         there = self._best.entropy

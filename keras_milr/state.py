@@ -22,7 +22,7 @@ from keras_milr.rates import steps_made
 
 _NAME = "_keras_milr"  # of the attribute of the model, and of the group in its file
 _FORMAT = "keras_milr.state"
-_VERSION = 3
+_VERSION = 4
 _LARGEST = 2**28  # bytes of a state, which is far beyond any training's.
 # What it consists of, and the types that JSON makes of it.
 _INTEGERS = (
@@ -161,7 +161,6 @@ class State:
             ValueError: for a state of another training, model or epoch.
         """
         content, arrays = self._restored or self._loaded
-        self._loaded = self._restored = None
         start = "The state that MutualInformationLR is to resume"
         if content["settings"] != settings:
             raise ValueError(
@@ -188,6 +187,8 @@ class State:
         for name, buffer in self._unsaved().items():
             if arrays is not None and name in arrays:
                 buffer.assign(arrays[name])
+        # Only now: who was refused above may call `fit` again, with what it needs.
+        self._loaded = self._restored = None
         return content, arrays, missing
 
     def _content(self, with_weights=True):

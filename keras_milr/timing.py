@@ -3,6 +3,8 @@
 import math
 import threading
 
+import numpy as np
+
 from keras_milr import _keras
 
 _LEAST_READINGS = 6  # of a training, for a policy that anneals
@@ -39,6 +41,7 @@ class Timing:
         self._batches_behind = _keras.batches_behind(model)
         self._batches_at_once = model.steps_per_execution
         self.length = self.steps
+        self.since_reading = 0
         self._glided = None
 
     def start(self, epoch: int, anneals: bool):
@@ -56,9 +59,16 @@ class Timing:
             hooks = -(-self.steps // self._batches_at_once)
             self.divided = max(1, min(wanted, self.steps // _LEAST_PART, hooks))
 
-    def state(self) -> dict:
-        """What a resumed training must know."""
-        return {name: getattr(self, name) for name in _STATE}
+    def state(self, within=False) -> dict:
+        """What a resumed training must know.
+
+        Args:
+            within: Whether this epoch begins again then. Defaults to `False`.
+        """
+        state = {name: getattr(self, name) for name in _STATE}
+        if within:
+            state["since_reading"] = self._since_reading_before
+        return state
 
     def resume(self, state: dict):
         """Goes on from a `state()`, which may be forged."""
@@ -75,10 +85,17 @@ class Timing:
         epochs = self._epochs - self.first_epoch
         if self._per_epoch:
             return epochs * self.divided
-        return epochs * self.steps // self._update_freq
+        at_once = self._batches_at_once
+        if self._update_freq >= at_once:
+            return epochs * self.steps // self._update_freq
+        # One at each hook, unless the last one of an epoch comes too soon.
+        hooks = np.append(np.arange(at_once, self.steps, at_once), self.steps)
+        trained = (np.arange(epochs)[:, None] * self.steps + hooks).ravel()
+        return int(np.count_nonzero(np.diff(trained // self._update_freq, prepend=0)))
 
     def begin_epoch(self, epoch: int):
         self.epoch, self.batch, self._batch_by_thread = epoch, 0, {}
+        self._since_reading_before = self.since_reading
 
     def divide(self, early: int):
         """Divides the present epoch, once it has begun.
@@ -118,7 +135,9 @@ class Timing:
             batch: That batch.
             readings: How many readings there were.
         """
-        length = self.length if self._per_epoch else self._update_freq
+        length = self.length
+        if not self._per_epoch:
+            length = max(self._update_freq, self._batches_at_once)
         if length is None:
             return None
         done = min(batch if self._per_epoch else self.since_reading, length - 1)
@@ -157,7 +176,8 @@ class Timing:
         self.batch = trained
         if self.since_reading < self._update_freq:
             return False
-        self.since_reading = 0
+        # With `steps_per_execution` it may be more than that.
+        self.since_reading %= self._update_freq
         return True
 
     def end_epoch(self):

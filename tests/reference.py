@@ -294,11 +294,11 @@ def reference_level(
     part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
-    little = known < part * there(r) and not r["searched"]
+    little = known < part * there(r) and not (r["searched"] or r["restarts"])
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
-        and r["rollbacks"] == 0
+        and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
         and (little or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])
@@ -341,7 +341,7 @@ def threshold_decay(
     part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
-    little = known < part * there(r) and not r["searched"]
+    little = known < part * there(r) and not (r["searched"] or r["restarts"])
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1
@@ -349,7 +349,7 @@ def threshold_decay(
     if (
         not late
         and r["step"] <= grow_steps
-        and r["rollbacks"] == 0
+        and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
         and (little or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])

@@ -158,6 +158,7 @@ class TestSettingTheRate:
                 "searched": False,
                 "attainable": callback.history[step]["attainable"],
                 "at_raise": at_raise,
+                "restarts": 0,
             }
             best = found["best"] = max(best, found["information"])
             for key in ("information", "noise", "previous", "reference", "rate"):

@@ -190,6 +190,13 @@ class TestMultiLabel:
         sigmoids = make_model(10, "sigmoid", "binary_crossentropy")
         assert len(fit(sigmoids, x, np.eye(10)[y]).history[-1]["labels"]) == 10
 
+    def test_more_than_64_are_not_listed(self, small):
+        """In the history, which is saved with each checkpoint."""
+        x, _ = small
+        model = make_model(65, "sigmoid", "binary_crossentropy")
+        labels = np.random.default_rng(0).integers(0, 2, (len(x), 65))
+        assert "labels" not in fit(model, x, labels).history[-1]
+
     def test_bad_labels(self, small):
         x, y = small
         labels = self.labels(y)[:, :3]

@@ -69,6 +69,7 @@ def readings(draw, size=1):
         searched=draw(st.booleans()),
         attainable=ceiling * array(st.sampled_from([np.nan, 0.0, 0.5, 0.9, 1.0])),
         at_raise=previous + (information - previous) * array(st.floats(-1, 1)),
+        restarts=draw(st.sampled_from([0, 0, 1])),
     )
 
 
@@ -304,6 +305,9 @@ class TestReferenceLevel:
 def test_within_the_first_epoch_rates_only_rise(policy):
     early = {"step": 0.5, "steps": 6, "previous": 0.5, "information": 0.9}
     assert policy(make_reading(**early)) == pytest.approx(0.02)
+    restarted = make_reading(**early, rollbacks=1)._replace(restarts=1)
+    assert policy(restarted) == pytest.approx(0.02)
+    assert policy(restarted._replace(rollbacks=2)) == 0.01
     # A quarter of an epoch that gains less than a fifth of what is missing.
     for previous in (0.7, 0.95):
         slow = early | {"previous": previous}
@@ -311,6 +315,8 @@ def test_within_the_first_epoch_rates_only_rise(policy):
         assert policy(make_reading(**slow, bound=0.1)) == pytest.approx(0.03)
         found = make_reading(**slow, bound=0.1)._replace(searched=True)
         assert policy(found) == 0.01  # It cannot be far too low.
+        restarted = make_reading(**slow, bound=0.1, rollbacks=1)
+        assert policy(restarted._replace(restarts=1)) == 0.01  # Nor can this one.
     # Where a quarter of H(Y) is not known yet, a raise may begin, but not threefold.
     noisy = make_reading(**early, bound=0.4)._replace(attainable=np.array([1.2]))
     assert policy(noisy) == pytest.approx(0.02)
@@ -491,7 +497,7 @@ class TestAbsurdReadings:
         with pytest.raises(ValueError, match=f"`reading.{field}` must have finite"):
             policy(make_reading(**{field: value}))
 
-    @pytest.mark.parametrize("field", ["step", "steps", "rollbacks"])
+    @pytest.mark.parametrize("field", ["step", "steps", "rollbacks", "restarts"])
     @pytest.mark.parametrize("value", [-1, -0.5, 1.5, np.nan, 10**400, "a", [1]])
     def test_numbers(self, policy, field, value):
         with pytest.raises((TypeError, ValueError), match=f"`reading.{field}` must be"):

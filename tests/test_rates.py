@@ -1,5 +1,7 @@
 """The rates that a policy reads and sets: of the network, and of groups of layers."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from keras_milr import LayerwiseOptimizer, policies
 from keras_milr.controller import Controller
 from keras_milr.rates import LayerRates, NetworkRate
 from keras_milr.readouts import Information
+from keras_milr.rollback import Way
 
 K = keras.layers
 
@@ -296,7 +299,7 @@ def test_a_policy_that_tries_rates_says_so(undoes):
     assert not control.tries()
     reading = resumed.read(infos)
     assert control.state()["before"] is None
-    resumed.roll_back(infos, reading, None)
+    resumed.roll_back(infos, reading, Way.UNDO)
     np.testing.assert_allclose(resumed.rates.get(), 0.035)  # Half of the start's.
     assert not resumed.tries()
     # Rounded to float32, the rate is still the highest so far.
@@ -345,6 +348,57 @@ def test_what_anneals_ends_at_the_highest_multipliers():
     np.testing.assert_allclose(values, [1.0, 3.0, 2.0], rtol=1e-6)
 
 
+class TestWaysBack:
+    INFOS = (Information(0.5, 0.5, 2.0, 0.0, 0.01),)
+
+    def control(self, factor=2.0):
+        control = controller(NetworkRate(make_model("sgd")), lambda r: r.rate * factor)
+        act(control)
+        reading = control.read(self.INFOS)
+        return control, reading, control.is_at_start(reading)
+
+    def test_a_second_start_and_back_to_the_first(self):
+        control, reading, at_start = self.control()
+        assert at_start
+        control.roll_back(self.INFOS, reading, Way.SECOND)
+        np.testing.assert_allclose(control.rates.get(), 0.003, rtol=1e-6)
+        state = json.loads(json.dumps(control.state(), default=np.ndarray.tolist))
+        resumed = controller(control.rates, control._policy, state=state)
+        for one in (control, resumed):
+            control.rates.set(np.array([0.003]))
+            reading = one.read(self.INFOS)
+            assert (reading.rollbacks, reading.restarts) == (1, 0)
+            one.roll_back(self.INFOS, reading, Way.FIRST)
+            np.testing.assert_allclose(control.rates.get(), 0.005, rtol=1e-6)
+            assert one.state()["other"] is None
+
+    def test_what_was_raised_is_not_at_the_start(self):
+        control, reading, _ = self.control()
+        control.act(reading)
+        assert not control.is_at_start(control.read(self.INFOS))
+        control._policy = lambda reading: reading.rate  # The raise has served.
+        control.act(control.read(self.INFOS))
+        assert not control.is_at_start(control.read(self.INFOS))
+
+    def test_a_restart_stays_below_a_tenth_of_what_failed(self):
+        control, reading, _ = self.control()
+        control.roll_back(self.INFOS, reading, Way.RESTART)
+        np.testing.assert_allclose(control.rates.get(), 0.0006, rtol=1e-6)
+        resumed = controller(control.rates, control._policy, state=control.state())
+        for expected in (0.0012, 0.002, 0.002):
+            reading = resumed.read(self.INFOS)
+            assert (reading.rollbacks, reading.restarts) == (1, 1)
+            np.testing.assert_allclose(reading.start_rate, 0.0006, rtol=1e-6)
+            resumed.act(reading)
+            np.testing.assert_allclose(resumed.rates.get(), expected, rtol=1e-6)
+
+    def test_a_restart_respects_the_lower_bound(self):
+        rates = NetworkRate(make_model("sgd"))
+        control = controller(rates, lambda r: r.rate, min_lr=0.005)
+        control.roll_back(self.INFOS, control.read(self.INFOS), Way.RESTART)
+        np.testing.assert_allclose(rates.get(), 0.005, rtol=1e-6)
+
+
 def test_only_a_layer_that_was_raised_from_its_start_comes_back_at_a_half():
     """`a` was raised once, `b` twice, `c` never."""
     rates = LayerRates(make_model(layerwise(0.01)), "all")
@@ -353,5 +407,5 @@ def test_only_a_layer_that_was_raised_from_its_start_comes_back_at_a_half():
     act(control, 2)
     np.testing.assert_allclose(rates.get(), [0.02, 0.04, 0.01], rtol=1e-6)
     infos = [Information(1.0, 1.0, 2.0, 0.0, 0.01)] * 3
-    control.roll_back(infos, control.read(infos), None)
+    control.roll_back(infos, control.read(infos), Way.UNDO)
     np.testing.assert_allclose(rates.get(), [0.005, 0.02, 0.01], rtol=1e-6)

@@ -1,5 +1,6 @@
 """A training that was killed goes on as if nobody had killed it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -300,6 +301,41 @@ class TestBackup:
         assert [r["step"] for r in callback.history] == [0, 1, 2, 3, 4]
         assert [r["epoch"] for r in callback.history] == [0, 0, 1, 2, 3]
 
+    @pytest.mark.parametrize(
+        ("epochs", "update_freq"), [(4, 10), (1, "epoch"), (2, "epoch")]
+    )
+    def test_readings_that_are_taken_again_are_planned_again(
+        self, epochs, update_freq, tmp_path
+    ):
+        """Else the rate would be at its lowest long before the end."""
+        x, y = killed.digits()
+        for kill in (True, False):
+            model = killed.make_model("network")
+            callback = MutualInformationLR(
+                probe_data=(x, y), update_freq=update_freq, rollback=False
+            )
+            backup = keras.callbacks.BackupAndRestore(tmp_path / "b", save_freq=10)
+
+            def end(batch, logs=None, kill=kill, model=model, epochs=epochs):
+                if kill and iterations(model) >= 225 * epochs - 50:
+                    raise Killed
+
+            ending = keras.callbacks.LambdaCallback(on_train_batch_end=end)
+            with pytest.raises(Killed) if kill else contextlib.nullcontext():
+                model.fit(
+                    *(x, y),
+                    batch_size=8,
+                    epochs=epochs,
+                    verbose=0,
+                    callbacks=[callback, backup, ending],
+                )
+        again = [r for r in callback.history[1:] if r["epoch"] == epochs - 1]
+        assert again[0]["batch"] > again[-1]["batch"] - 225
+        batches = [r["batch"] for r in again]
+        (restart,) = [i for i in range(1, len(again)) if batches[i] <= batches[i - 1]]
+        left = [r["steps"] - r["step"] for r in again[restart:]]
+        assert left == list(range(len(left)))[::-1]
+
 
 def iterations(model):
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
@@ -445,6 +481,40 @@ class TestLoadState:
         with pytest.raises(ValueError, match=r"`initial_epoch=4`.*initial_epoch=5"):
             checkpointed(checkpoints, 5)
 
+    def test_that_was_refused_can_be_used_yet(self, checkpoints, alone):
+        x, y = killed.digits()
+        model = keras.models.load_model(checkpoints / "04.keras")
+        callback = MutualInformationLR(probe_data=(x, y))
+        callback.load_state(checkpoints / "04.keras")
+        options = {"batch_size": 64, "epochs": killed.EPOCHS, "shuffle": False}
+        options |= {"verbose": 0, "callbacks": [callback]}
+        with pytest.raises(ValueError, match="goes on with `initial_epoch=4`"):
+            model.fit(x, y, **options)
+        model.fit(x, y, initial_epoch=4, **options)
+        assert_same(killed.rates(callback, model), alone("network"))
+
+    @pytest.mark.parametrize("first", [False, True])
+    def test_of_a_training_that_has_ended(self, first, tmp_path):
+        """With more epochs it goes on from the highest rate, as in another `fit`."""
+        _, model = checkpointed(tmp_path, killed.make_model("network"), first=first)
+        highest = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+        path = tmp_path / f"{killed.EPOCHS:02d}.keras"
+        model = keras.models.load_model(path)
+        assert model.optimizer.learning_rate < 0.1 * highest
+        callback = MutualInformationLR(probe_data=killed.digits())
+        callback.load_state(path)
+        logs = model.fit(
+            *killed.digits(),
+            batch_size=64,
+            verbose=0,
+            callbacks=[callback],
+            initial_epoch=killed.EPOCHS,
+            epochs=2 * killed.EPOCHS,
+        )
+        rates = logs.history["learning_rate"]
+        assert rates[0] >= 0.9 * highest
+        assert rates[-1] < 0.1 * highest
+
     def test_of_another_model(self, tmp_path, stopped):
         """Told by the weights to roll back to, which it has while little is known."""
         stopped("rollback", 1)
@@ -575,7 +645,7 @@ class TestJSON:
             MutualInformationLR().load_state(path)
 
     @pytest.mark.parametrize(
-        ("old", "new"), [('"version": 3', '"version": 4'), ('"step": 1', '"step": 3')]
+        ("old", "new"), [('"version": 4', '"version": 5'), ('"step": 1', '"step": 3')]
     )
     def test_that_was_changed(self, old, new, tmp_path):
         x, y = killed.digits()
@@ -587,7 +657,7 @@ class TestJSON:
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"damaged.*Received: (version 4|another)"):
+        with pytest.raises(ValueError, match=r"damaged.*Received: (version 5|another)"):
             callback.load_state(path)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import re
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import keras_milr
 from keras_milr import rates
 from keras_milr.readouts import Information, Predictions
-from keras_milr.rollback import MOST, Rollback, collapse, fell, is_below
+from keras_milr.rollback import MOST, Rollback, Way, collapse, fell, is_below
 from tests.backends import DRAWN, NAME
 
 H = np.log(10)
@@ -266,7 +267,7 @@ def test_no_mixture_of_weights(optimizer, digits):
     guard.keep(good, ["good"])
     model.fit(x, y, epochs=1, verbose=0)
     guard.keep(info(0.5, 1.5), ["worse"])  # Not kept.
-    assert guard.restore() == (["good"], 0.3, "the last good reading")
+    assert guard.restore() == (["good"], Way.CUT, "the last good reading")
     for variable, value in zip(variables, kept, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
     x, y = x[:64], y[:64]
@@ -283,12 +284,12 @@ def test_to_the_start_while_little_is_known(digits):
     noisy = Rollback(model)  # But of noisy labels more than half of what there is.
     noisy.keep(info(0.1, 2.3), ["start"])
     noisy.keep(info(1.0, 1.3)._replace(attainable=1.9), ["some"])
-    assert noisy.restore() == (["some"], 0.3, "the last good reading")
+    assert noisy.restore() == (["some"], Way.CUT, "the last good reading")
     same = Rollback(model)  # A guess that is the same for all, or nearly.
     same.keep(info(0.1, 2.3), ["start"])
     same.keep(info(0.2, 2.4)._replace(attainable=0.3), ["same"])
-    assert same.restore() == (["start"], 0.1, "the start")
-    assert guard.restore() == (["start"], 0.1, "the start")
+    assert same.restore() == (["start"], Way.RESTART, "the start")
+    assert guard.restore() == (["start"], Way.RESTART, "the start")
     for now, then in zip(model.get_weights(), start, strict=True):
         np.testing.assert_array_equal(now, then)
 
@@ -569,6 +570,130 @@ class TestLastingLoss:
             guard.judge(self.LOW, [self.LOW], loss=1.2, explores=True)
         again.resume(guard.state()[0], None)
         assert again.judge(self.LOW, [self.LOW], loss=1.2, explores=True) is not None
+
+
+class TestSecondStart:
+    """The rate at the start seems to be too high."""
+
+    START, KNOWN = info(0.1, 2.3), info(1.0, 1.3)
+
+    def guard(self, good=(1,), fails=2, raised=True, at_start=True, steps=10):
+        """With the weights 0, then numbers of readings that are good; rolled back."""
+        guard = Rollback(make_model())
+        self.model = guard._model
+        self.set(0)
+        guard.keep(self.START, [self.START])
+        for step in good:
+            self.set(step)
+            assert self.judge(guard, self.KNOWN, step) is None
+        self.set(fails)
+        how = {"steps": steps, "raised": raised, "at_start": at_start}
+        failure = self.judge(guard, info(0.3, 2.0), fails, **how)
+        what = "after the rate was raised" if raised else "at the rate of the start"
+        assert failure.startswith(f"{what} the information fell from 1 to 0.3 nats")
+        self.back = guard.restore()
+        return guard
+
+    def judge(self, guard, now, step, **how):
+        return guard.judge(now, [now], 1.0, step, explores=True, **how)
+
+    def set(self, number):
+        for weight in self.model.weights:
+            weight.assign(keras.ops.full(weight.shape, float(number)))
+
+    def check(self, back, info, way):
+        infos, found, _ = back
+        assert ([i.value for i in infos], found) == ([info.value], way)
+
+    def weights(self):
+        return float(keras.ops.convert_to_numpy(self.model.weights[0])[0, 0])
+
+    @pytest.mark.parametrize("raised", [True, False])
+    def test_from_the_start(self, raised):
+        self.guard(raised=raised)
+        self.check(self.back, self.START, Way.SECOND)
+        assert self.weights() == 0
+
+    @pytest.mark.parametrize("known", [1.1, 0.98])
+    def test_that_knows_as_much_goes_on(self, known):
+        """Where it is the same within the noise, the lower rate is."""
+        guard = self.guard()
+        self.set(7)
+        second = info(known, 1.2)
+        assert self.judge(guard, second, 3) is None
+        how = {"steps": 10, "raised": True, "at_start": True}
+        assert self.judge(guard, info(0.3, 2.0), 4, **how)
+        self.check(guard.restore(), self.START, Way.SECOND)  # Nor does this rate serve.
+        assert self.judge(guard, info(0.5, 1.8), 5) is not None
+        self.check(guard.restore(), second, Way.FIRST)
+        assert self.weights() == 7
+        assert self.judge(guard, info(0.3, 2.0), 6, **how)
+        self.check(guard.restore(), second, Way.UNDO)  # None lower than that.
+
+    def test_that_knows_less_makes_way_for_the_first(self):
+        guard = self.guard()
+        self.set(7)
+        failure = self.judge(guard, info(0.8, 1.5), 3)
+        assert "0.8 nats were learned in the time of 1 nats" in failure + " nats"
+        self.check(guard.restore(), self.KNOWN, Way.FIRST)
+        assert self.weights() == 1
+        assert self.judge(guard, info(0.8, 1.2), 4) is None
+
+    def test_that_fails_makes_way_too(self):
+        guard = self.guard()
+        assert "not finite" in guard.judge(info(1.1, 1.2), [], loss=np.nan, step=3)
+        self.check(guard.restore(), self.KNOWN, Way.FIRST)
+        assert self.weights() == 1
+
+    def test_at_a_quarter_of_an_epoch(self):
+        guard = self.guard(good=(0.25,), fails=0.5)
+        assert self.back[1] is Way.SECOND
+        assert self.judge(guard, info(0.8, 1.5), 0.75) is not None
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            {"at_start": False},
+            {"steps": 4},  # Too little is left.
+            {"steps": None},
+            {"good": (0.25, 0.5), "fails": 0.75},  # The first is older than
+            {"good": (0.25,), "fails": 1},  # or far younger than
+            {"good": (1, 2), "fails": 3},  # the second would be.
+        ],
+    )
+    def test_else_the_raise_is_undone(self, case):
+        self.guard(**case)
+        self.check(self.back, self.KNOWN, Way.UNDO)
+        assert self.weights() == max(case.get("good", (1,)))
+
+    def test_is_resumed(self):
+        state, kept = (guard := self.guard()).state()
+        again = Rollback(self.model)
+        again.resume(json.loads(json.dumps(state)), guard.changed(kept))
+        assert self.judge(again, info(0.8, 1.5), 3) is not None
+        self.check(again.restore(), self.KNOWN, Way.FIRST)
+        assert self.weights() == 1
+
+    def test_a_loss_at_the_rate_of_the_start_is_none_later(self):
+        """Or a small one: a high rate goes to and fro."""
+        guard = Rollback(make_model())
+        guard.keep(self.START, [self.START])
+        at_start = {"steps": 10, "at_start": True}
+        assert self.judge(guard, self.KNOWN, 1, **at_start) is None
+        assert self.judge(guard, info(0.8, 1.5), 2, **at_start) is None
+        assert self.judge(guard, info(1.6, 0.7), 3, **at_start) is None
+        assert self.judge(guard, info(1.2, 1.1), 4, **at_start) is None
+
+    def test_in_training(self, digits):
+        """From a rate that learns, but much less than a lower one; from a failure."""
+        for rate in (0.15, 0.2, 10.0):
+            keras.utils.set_random_seed(0)
+            model = make_model(keras.optimizers.SGD(rate, momentum=0.9))
+            callback = keras_milr.MutualInformationLR(probe_data=digits)
+            fit = {"epochs": 12, "batch_size": 16, "verbose": 0}
+            with pytest.warns(UserWarning, match="back at the start"):
+                logs = model.fit(*digits, callbacks=[callback], **fit)
+            assert logs.history["accuracy"][-1] > 0.97
 
 
 @pytest.mark.parametrize("explores", [True, False])

@@ -21,11 +21,12 @@ def train(timing, epochs, steps, anneals=False, early=0, first=0):
         if epoch == first:
             timing.start(epoch, anneals)
         timing.divide(early if epoch == first else 0)
-        for batch in range(steps):
+        at_once = timing._batches_at_once
+        for batch in range(0, steps, at_once):
             if timing.is_due_before(batch):
                 taken.append((epoch, timing.batch))
             ways.append((len(taken), timing.way(batch, len(taken))))
-            if timing.is_due_after(batch):
+            if timing.is_due_after(min(batch + at_once, steps) - 1):
                 taken.append((epoch, timing.batch))
         timing.end_epoch()
         if timing._per_epoch:
@@ -141,6 +142,19 @@ def test_the_way_goes_on_over_epochs_without_a_reading():
     )
 
 
+@pytest.mark.parametrize("steps", [100, 97])
+@pytest.mark.parametrize(
+    ("at_once", "update_freq"),
+    [(8, 10), (10, 1), (20, 5), (8, 8), (3, 100), (32, 31), (64, 50), (200, 7)],
+)
+def test_as_many_readings_as_planned_by_executions(steps, at_once, update_freq):
+    timing = make(update_freq, at_once=at_once, epochs=12, steps=steps)
+    taken, _ = train(timing, 12, steps)
+    assert timing.readings == len(taken)
+    if update_freq >= at_once:  # What is too much counts for the next one.
+        assert len(taken) == 12 * steps // update_freq
+
+
 def test_a_loop_may_begin_where_fit_would_end():
     timing = make(epochs=3, steps=20)
     timing.start(3, anneals=True)
@@ -157,3 +171,6 @@ def test_a_state_goes_on():
     assert resumed.readings == timing.readings
     resumed.begin_epoch(1)
     assert [b for b in range(10) if resumed.is_due_after(b)] == [3]
+    # In the midst of an epoch that begins again.
+    assert resumed.state()["since_reading"] == 6
+    assert resumed.state(within=True)["since_reading"] == 3
