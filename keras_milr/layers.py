@@ -40,7 +40,8 @@ def choose(model, layers) -> list[Group]:
         model: A built `keras.Model`.
         layers: `"all"`, a name or regular expression, or a list of them: a group for
             each layer. Or a dict from the name of a group to its layers, a name or
-            regular expression or a list of them.
+            regular expression or a list of them. The name of a block, a model inside
+            of the model say, means all layers in it.
 
     Returns:
         The groups, in the order of the model's layers, or of the dict.
@@ -60,7 +61,7 @@ def choose(model, layers) -> list[Group]:
         return units
     patterns = _patterns(layers)
     _check_trainable(model, units, patterns)
-    found = resolve(patterns, paths, "layers")
+    found = resolve(patterns, paths, "layers", blocks=_blocks(model, units))
     if not isinstance(layers, dict):
         return [u for u, name in zip(units, found, strict=True) if name is not None]
     groups = {name: Group(name, [], []) for name in layers}
@@ -218,6 +219,32 @@ def _units(model) -> list[Group]:
 
     visit(model)
     return units
+
+
+def _blocks(model, units) -> list[set]:
+    """For each unit the names that begin with one of a layer around it.
+
+    The variables' paths have these too, but for layers that were built before they
+    were put there, as those of a functional model.
+    """
+    found = {id(unit.layers[0]): set() for unit in units}
+
+    def visit(layer, around):
+        if any(layer is block for block in around):
+            return
+        path = [*(block.name for block in around), layer.name]
+        if id(layer) in found:
+            found[id(layer)].update(
+                "/".join(path[i:j])
+                for i in range(len(around))
+                for j in range(i + 1, len(path) + 1)
+            )
+        for inner in _keras.sublayers(layer):
+            visit(inner, (*around, layer))  # A shared one from each of its blocks.
+
+    for layer in _keras.sublayers(model):
+        visit(layer, ())
+    return [found[id(unit.layers[0])] for unit in units]
 
 
 def _common(paths):

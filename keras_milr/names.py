@@ -9,9 +9,19 @@ any run of segments of the layer's path: `"dense"`, `"encoder"`, `"model/encoder
 `"enc.*"` all mean the one above. So the name of a block means all layers in it. What is
 a name of a layer or block is not taken for a regular expression. Where it is just the
 shown name of a layer, then for that layer it goes before others.
+
+The path of a variable has no names of what was put around its layer after it had been
+built, as all layers of a functional model are. Who knows the model adds them, as
+`blocks`: the argument `layers` does. An optimizer knows variables only.
 """
 
 import re
+
+# Of an optimizer, where the name is that of a block after all.
+_UNKNOWN = (
+    " A functional model inside of the model has no name here: name its layers, or "
+    "with '.*' all layers but those that are named too."
+)
 
 
 def owner_paths(variables) -> tuple[list[str], list[int]]:
@@ -52,7 +62,11 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def resolve(
-    values: dict, paths: list[str], argument: str, may_miss: bool = False
+    values: dict,
+    paths: list[str],
+    argument: str,
+    may_miss: bool = False,
+    blocks: list[set[str]] | None = None,
 ) -> list:
     """The value that the patterns give to each layer.
 
@@ -61,6 +75,8 @@ def resolve(
         paths: The layers.
         argument: Name of the argument that `values` came from, for errors.
         may_miss: Whether a pattern may mean no layer. Defaults to `False`.
+        blocks: For each layer further names by which it is meant, with those of the
+            blocks around it. Defaults to `None`: the model is not known.
 
     Returns:
         A list with the value of each layer, None where no pattern means it.
@@ -72,13 +88,17 @@ def resolve(
     """
     names = short_names(paths)
     given = [{} for _ in paths]
+    runs = [_runs(path) for path in paths]
+    hint = _UNKNOWN if blocks is None else ""
+    for of_one, further in zip(runs, blocks or [], strict=blocks is not None):
+        of_one.extend(further)
     for pattern, value in values.items():
-        found = _meant(pattern, paths, argument)
+        found = _meant(pattern, runs, argument)
         if not found and not may_miss:
             raise ValueError(
                 f"Argument `{argument}` names no layer with {pattern!r}. Use a name "
-                "or a regular expression that matches as a whole. The layers with "
-                f"trainable weights are: {', '.join(names)}"
+                f"or a regular expression that matches as a whole.{hint} The layers "
+                f"with trainable weights are: {', '.join(names)}"
             )
         for i in found:
             given[i][pattern] = value
@@ -111,14 +131,13 @@ def _runs(path):
     ]
 
 
-def _meant(pattern, paths, argument):
-    """Indices of the layers that a pattern means."""
+def _meant(pattern, runs, argument):
+    """Indices of the layers that a pattern means, by what it may match of each."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"Argument `{argument}` must name layers with strings. "
             f"Received: {pattern!r} of type {type(pattern).__name__}"
         )
-    runs = [_runs(path) for path in paths]
     found = [i for i, of_one in enumerate(runs) if pattern in of_one]
     if found:  # A name need not be a regular expression, and may be another one.
         return found

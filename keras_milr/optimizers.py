@@ -45,6 +45,9 @@ class LayerwiseOptimizer(_keras.WrapperOptimizer):
             `LossScaleOptimizer`, which goes around the wrapper.
         multipliers: Dict from layer to multiplier, a finite number, at least 0; a key
             is a name or a regular expression. Layers that are not named have 1.
+            A functional model inside of the model, as those of `keras.applications`,
+            has no name in the paths of its variables: name its layers, or with `".*"`
+            all layers but those that are named too, as `{".*": 0.1, "head": 1}`.
             With 0 a layer's weights stay as they are, weight decay included; only a
             constraint still applies.
             Defaults to `None`: 1 for all.

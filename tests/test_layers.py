@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_milr import backend, layers
+from keras_milr import LayerwiseOptimizer, backend, layers
 
 K = keras.layers
 
@@ -71,6 +71,14 @@ def subclassed():
 def nested():
     encoder = sequential(K.Dense(4, name="a"), K.Dense(4, name="b"), name="encoder")
     return sequential(encoder, K.Dense(2, name="head"))
+
+
+def functional(*of, shape=(8,), name=None):
+    """A functional model, whose layers are built before it is put into another."""
+    inputs = x = keras.Input(shape)
+    for layer in of:
+        x = layer(x)
+    return keras.Model(inputs, x, name=name)
 
 
 class TestChooseAll:
@@ -303,6 +311,94 @@ class TestChooseSome:
         for name in ("a", "encoder"):
             with pytest.raises(ValueError, match=f"Received: '{name}', which has none"):
                 layers.choose(model, name)
+
+
+class TestNamesOfFunctionalModels:
+    """They are not in the paths of the variables."""
+
+    @pytest.mark.parametrize("outer", [functional, sequential])
+    @pytest.mark.parametrize(
+        ("chosen", "expected"),
+        [
+            ("backbone", ["a", "b", "c"]),
+            ("inner", ["a", "b"]),
+            ("backbone/inner", ["a", "b"]),
+            ("backbone/inner/b", ["b"]),
+            ("inner/.*|head", ["a", "b", "head"]),
+            ("back.*", ["a", "b", "c"]),
+            (["backbone", "head"], ["a", "b", "c", "head"]),
+        ],
+    )
+    def test_nested_twice(self, outer, chosen, expected):
+        inner = functional(K.Dense(8, name="a"), K.Dense(8, name="b"), name="inner")
+        backbone = functional(inner, K.ReLU(), K.Dense(8, name="c"), name="backbone")
+        model = outer(backbone, K.Dense(2, name="head"))
+        assert names_of(model, chosen) == expected
+        assert names_of(model) == ["a", "b", "c", "head"]  # As the optimizer's.
+
+    def test_a_backbone_of_keras_in_groups(self):
+        backbone = keras.applications.MobileNetV2(
+            input_shape=(32, 32, 3), include_top=False, weights=None, pooling="avg"
+        )
+        model = sequential(backbone, K.Dense(2, name="head"), shape=(32, 32, 3))
+        rest, stem, head = layers.choose(
+            model, {"rest": backbone.name, "stem": "Conv1", "head": "head"}
+        )
+        assert [rest.name, stem.name, head.name] == ["rest", "stem", "head"]
+        assert len(rest.variables) == len(backbone.trainable_variables) - 1
+        assert stem.layers == [backbone.get_layer("Conv1")]
+        assert head.layers == [model.layers[-1]]
+        optimizer = LayerwiseOptimizer("sgd", {".*": 0.1, "head": 1})
+        optimizer.build(model.trainable_variables)
+        *slow, fast = optimizer.multipliers.values()
+        np.testing.assert_allclose(slow, 0.1, rtol=1e-6)
+        assert fast == 1
+        chosen = names_of(model, [backbone.name, "head"])
+        assert chosen == list(optimizer.multipliers)
+
+    def test_of_a_layer_inside_too(self):
+        """As where the paths have both: just the layer's where others are named."""
+        inside = functional(K.Dense(8, name="x"), K.Dense(8, name="y"), name="x")
+        model = functional(inside, K.Dense(2, name="head"))
+        assert names_of(model, "x") == ["x", "y"]
+        assert read_of(model, {"p": "x", "q": "y"}) == {"p": ["x"], "q": ["y"]}
+
+    def test_of_two_with_layers_of_the_same_name(self):
+        one, two = (functional(K.Dense(8, name="d"), name=n) for n in ("one", "two"))
+        model = functional(one, two)
+        assert names_of(model) == ["d", "d#2"]
+        assert names_of(model, "d") == ["d"]
+        assert names_of(model, "two") == names_of(model, "two/d") == ["d#2"]
+        assert read_of(model, {"x": "one", "y": "two"}) == {"x": ["d"], "y": ["d"]}
+
+    def test_used_twice_and_a_shared_layer(self):
+        shared = K.Dense(8, name="shared")
+        one = functional(shared, K.Dense(8, name="a"), name="one")
+        two = functional(shared, K.Dense(8, name="b"), name="two")
+        model = functional(one, two, one)
+        assert names_of(model, "one") == ["shared", "a"]
+        assert names_of(model, "two") == ["shared", "b"]
+
+    def test_around_layers_that_were_built_before(self):
+        class Around(K.Layer):
+            def __init__(self, net, **arguments):
+                super().__init__(**arguments)
+                self.net = net
+
+            def call(self, x):
+                return self.net(x)
+
+        net = functional(K.Dense(8, name="a"), K.Dense(8, name="b"))
+        model = functional(Around(net, name="block"), K.Dense(2, name="head"))
+        assert names_of(model, "block") == ["a", "b"]
+
+    def test_frozen(self):
+        model = functional(
+            functional(K.Dense(8), name="backbone"), K.Dense(2, name="head")
+        )
+        model.get_layer("backbone").trainable = False
+        with pytest.raises(ValueError, match="Received: 'backbone', which has none"):
+            layers.choose(model, ["backbone", "head"])
 
 
 def record(model, x, chosen="all", call=None):

@@ -639,6 +639,23 @@ class TestBadInput:
             fit(model, data)
         assert distance(model.get_weights(), before) == 0
 
+    def test_the_name_of_a_functional_model(self):
+        """Which no variable has; what to write instead is said."""
+        inputs = keras.Input((6,))
+        model = keras.Sequential(
+            [
+                keras.Model(inputs, keras.layers.Dense(4)(inputs), name="backbone"),
+                keras.layers.Dense(3, name="head"),
+            ]
+        )
+        message = r"no layer with 'backbone'.* functional model .*'\.\*' all .*, head"
+        for arguments in (
+            {"multipliers": {"backbone": 0.1}},
+            {"layer_decay": 0.5, "layer_order": ["backbone", "head"]},
+        ):
+            with pytest.raises(ValueError, match=message):
+                LayerwiseOptimizer("sgd", **arguments).build(model.trainable_variables)
+
     def test_before_it_is_built(self):
         optimizer = LayerwiseOptimizer("sgd")
         for use in (
