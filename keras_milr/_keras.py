@@ -343,6 +343,11 @@ def scale_learning_rate(optimizer, multiplier):
             optimizer._backend_update_step = super(cls, optimizer)._backend_update_step
 
 
+def is_scaled(optimizer) -> bool:
+    """Whether `scale_learning_rate` has been here, which it must be once only."""
+    return "_get_current_learning_rate" in vars(optimizer)
+
+
 def _weight_decay_within_step(optimizer):
     """Weight decay of variables that are being updated.
 

@@ -367,10 +367,12 @@ def _checked_inner(inner_optimizer):
             "Argument `inner_optimizer` must be an optimizer with one learning rate. "
             f"Received: {type(inner_optimizer).__name__}"
         )
-    if inner_optimizer.built:
+    taken = _keras.is_scaled(inner_optimizer)  # Its steps go by the other's layers.
+    if taken or inner_optimizer.built:
+        why = "is inside of another LayerwiseOptimizer" if taken else "has been used"
         raise ValueError(
             "Argument `inner_optimizer` must be a new optimizer. Received: "
-            f"{type(inner_optimizer).__name__} that has been used already"
+            f"{type(inner_optimizer).__name__} that {why} already"
         )
     return inner_optimizer
 

@@ -617,6 +617,12 @@ class TestBadInput:
         used.build(make_model().trainable_variables)
         with pytest.raises(ValueError, match="has been used already"):
             LayerwiseOptimizer(used)
+        twice = keras.optimizers.Adam()  # As in a cell of a notebook that runs again.
+        first = LayerwiseOptimizer(twice, {"a": 0})
+        with pytest.raises(ValueError, match=r"new.*Adam that is inside of another"):
+            LayerwiseOptimizer(twice, {"a": 0.5})
+        first.build(make_model().trainable_variables)
+        assert first.multipliers == {"a": 0, "b": 1, "c": 1}
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
