@@ -183,6 +183,23 @@ def test_mixed_precision_counts_in_float32(digits):
     assert np.sum(table.counts) == len(y)  # bfloat16 would stop at 256
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_rounded_result_is_that_of_the_same_table(dtype):
+    """bfloat16 has 5.28 or 5.31 for log 200 = 5.298."""
+    y = np.arange(400) % 200
+    dense = keras.layers.Dense(200, "softmax", kernel_initializer="identity")
+    model = keras.Sequential([keras.Input((200,)), dense])
+    metric = keras_milr.MutualInformation(dtype=dtype)
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=[metric])
+    x = 10 * np.eye(200, dtype="float32")[y]
+    callback = keras_milr.MutualInformationLR()
+    logs = model.fit(x, y, verbose=0, callbacks=[callback]).history
+    (shown,) = map(float, logs["mutual_information"])  # TensorFlow's is a tensor.
+    assert metric.dtype == dtype
+    assert shown == pytest.approx(np.log(200), rel=2**-8)
+    assert callback.history[-1]["raw"] == pytest.approx(np.log(200))
+
+
 def test_predictions_that_are_not_finite_are_counted_as_none():
     metric = keras_milr.MutualInformation()
     p = np.array([[0.9, 0.1], [np.nan, 0.1], [0.2, 0.8], [np.inf, 0.0]])
