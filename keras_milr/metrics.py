@@ -108,7 +108,9 @@ class MutualInformation(_keras.IncreasingMetric):
             y_true: Class ids of shape `(n, ...)` or `(n, ..., 1)`, where `...` are
                 positions, tokens or pixels, if any; or one-hot, soft or multi-label
                 ones of shape `(n, ..., K)`. An id that is no class of the outputs is
-                not counted.
+                not counted, nor is what is not finite. Of a yes-or-no unit these are
+                all but what is in [0, 1], where a yes is above 1/2; with `from_logits`
+                -1 is a no, as of a hinge loss.
             y_pred: Outputs of shape `(n, ..., K)`, or `(n, ..., 1)` for two classes.
                 What a mask that they carry leaves out is not counted.
             sample_weight: Optional weights of shape `(n,)`, `(n, 1)` or `(n, ...)`, or
@@ -161,7 +163,7 @@ class MutualInformation(_keras.IncreasingMetric):
                 f"Received: y_pred.shape={tuple(y_pred.shape)}"
             )
         _check_length("y_true", y_true.shape[0], y_pred)
-        ids = targets.class_ids(y_true, units, kind)
+        ids = targets.class_ids(y_true, units, kind, self.from_logits)
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)
         factors = [one for one in (sample_weight, mask) if one is not None]

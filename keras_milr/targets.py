@@ -332,17 +332,22 @@ def _fits(shape, expected):
 # ---------------------------------------------------------------------- class ids
 
 
-def class_ids(labels, num_units: int, kind: str | None = None):
+def class_ids(
+    labels, num_units: int, kind: str | None = None, from_logits: bool = False
+):
     """Class ids of a batch of labels, one after the other.
 
     Used where values cannot be looked at, in a compiled step; labels that are not
-    of the kind give ids out of range, or the class of the largest entry.
+    of the kind give ids out of range, or the class of the largest entry. Those that are
+    not finite give -1.
 
     Args:
         labels: Tensor or array of labels; see the table of kinds.
         num_units: Number of output units of the model.
         kind: Any kind but `"continuous"`. Defaults to `None`: by shape, see
             `label_kind`.
+        from_logits: Whether -1 is a no, as for a loss on margins, and not a label that
+            is missing. Defaults to `False`.
 
     Returns:
         int32 tensor of shape `(n,)`, or `(n, K)` for multi-label, where n counts
@@ -351,12 +356,17 @@ def class_ids(labels, num_units: int, kind: str | None = None):
     ops = keras.ops
     labels = ops.convert_to_tensor(labels)
     kind = label_kind(labels.shape, num_units) if kind is None else kind
+    numbers = ops.cast(labels, "float32")
     if kind in ("one_hot", "soft"):
-        labels = argmax(ops.cast(labels, "float32"))
-    if kind == "sparse" or kind in ("one_hot", "soft"):
-        return ops.cast(ops.reshape(labels, (-1,)), "int32")
-    # As keras.metrics.BinaryAccuracy, any label above the middle is class 1.
-    ids = ops.cast(ops.cast(labels, "float32") > 0.5, "int32")
+        known, ids = ops.all(ops.isfinite(numbers), axis=-1), argmax(numbers)
+    elif kind == "sparse":
+        known, ids = ops.isfinite(numbers), labels
+    else:
+        # As keras.metrics.BinaryAccuracy, any label above the middle is class 1.
+        known, ids = (numbers >= 0) & (numbers <= 1), numbers > 0.5
+        if from_logits:
+            known = known | (numbers == -1)
+    ids = ops.where(known, ops.cast(ids, "int32"), -1)
     return ops.reshape(ids, (-1, num_units) if kind == "multi_label" else (-1,))
 
 
@@ -408,7 +418,8 @@ def checked_ids(labels, target: Target, counted=None) -> np.ndarray:
     _CHECKS[target.kind](labels, target)
     if target.kind == "continuous":
         return _binned(labels, target)
-    ids = keras.ops.convert_to_numpy(class_ids(labels, target.units, target.kind))
+    ids = class_ids(labels, target.units, target.kind, target.from_logits)
+    ids = keras.ops.convert_to_numpy(ids)
     return np.asarray(ids).reshape(
         shape if target.by_unit or not vectors else shape[:-1]
     )

@@ -7,7 +7,7 @@ import tensorflow as tf
 from sklearn.metrics import mutual_info_score
 
 import keras_milr
-from keras_milr import readouts
+from keras_milr import backend, readouts
 from tests import reference
 from tests.backends import TORCH_COMPILE
 
@@ -248,6 +248,45 @@ def test_ids_that_are_no_class_are_not_counted(digits, eager):
     assert information(model, x, y) == pytest.approx(
         mutual_info_score(y[100:], predicted(model, x[100:])), abs=1e-5
     )
+
+
+NAN = float("nan")
+HALVES = [[0.9], [0.1], [0.9], [0.9], [0.9]]
+
+
+@pytest.mark.parametrize("in_a_step", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "outputs", "options", "counts"),
+    [
+        ([0, -1, 255, 1, 2], HALVES, {}, [[0, 0], [1, 1], [0, 0]]),
+        ([0.0, NAN, np.inf, 0.7, 0.4], HALVES, {}, [[0, 0], [2, 1], [0, 0]]),
+        # Margins, of which -1 is a no.
+        ([1, -1, -1, 1, 3], HALVES, {"from_logits": True}, [[0, 0], [2, 2], [0, 0]]),
+        ([0.0, NAN, -np.inf, 1.0, 2.0], np.eye(2)[[0, 0, 0, 0, 0]], {}, None),
+        ([[1, 0], [NAN, 0], [0, NAN], [0, 1]], np.eye(2)[[0, 0, 0, 0]], {}, None),
+        (
+            *([[0, -1], [NAN, 1], [1, 0]], np.full((3, 2), 0.9)),
+            {"targets": "multi_label"},
+            [[[0, 0], [1, 1], [0, 0]], [[0, 0], [1, 1], [0, 0]]],
+        ),
+    ],
+)
+def test_labels_that_are_no_class_are_not_counted(
+    labels, outputs, options, counts, in_a_step
+):
+    """Ids to ignore of a yes-or-no unit, and numbers that are none."""
+    metric = keras_milr.MutualInformation(**options)
+    labels, outputs = (np.array(one, "float32") for one in (labels, outputs))
+    metric.update_state(labels[:0], outputs[:0])  # Makes the variables.
+    if in_a_step:
+        step = backend.jit(metric.stateless_update_state)
+        values = step([v.value for v in metric.variables], labels, outputs)
+        for variable, value in zip(metric.variables, values, strict=True):
+            variable.assign(value)
+    else:
+        metric.update_state(labels, outputs)
+    expected = [[1, 1], [0, 0], [0, 0]] if counts is None else counts
+    np.testing.assert_array_equal(metric.table(), expected)
 
 
 def test_scalar_weight():

@@ -167,7 +167,7 @@ def label_counts(outputs, class_ids, sample_weight, from_logits: bool = False):
 
     Args:
         outputs: Tensor of shape `(n, units)`.
-        class_ids: 0 and 1, shape `(n, units)`.
+        class_ids: 0 and 1, shape `(n, units)`. Others are left out.
         sample_weight: Weights of shape `(n,)`.
         from_logits: Whether the outputs are logits.
 
@@ -191,10 +191,10 @@ def _counts(outputs, class_ids, weight, edges):
         predicted = predicted + ops.cast(outputs > edges[i], "int32")
     predicted = ops.where(ops.isfinite(outputs), predicted, classes)
     rows = ops.arange(columns, dtype="int32") * (classes + 1) + predicted
-    counts = information.contingency(
-        *(ops.reshape(rows, (-1,)), ops.reshape(class_ids, (-1,))),
+    counts = information.counted(
+        ops.reshape(rows, (-1,)),
+        ops.cast(ops.reshape(class_ids, (-1,)), "int32"),
         *(columns * (classes + 1), classes),
         ops.reshape(weight, (-1,)),
     )
-    # Outside of a trace they are float64.
-    return ops.cast(ops.reshape(counts, (columns, classes + 1, classes)), "float32")
+    return ops.reshape(counts, (columns, classes + 1, classes))
