@@ -70,6 +70,13 @@ class Growth:
         return cls(**config)
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,8 +84,8 @@ def parse_arguments():
     add = parser.add_argument
     add("--expected", type=float, default=0.05, help="a constant of the class (0.05)")
     add("--learning-rate", type=float, default=1e-2, help="to start with (0.01)")
-    add("--epochs", type=int, default=20)
-    add("--seeds", type=int, default=3, help="number of repetitions (3)")
+    add("--epochs", type=count, default=20)
+    add("--seeds", type=count, default=3, help="number of repetitions (3)")
     add("--output", type=Path, default=Path("results/policy.png"), help="the figure")
     return parser.parse_args()
 

@@ -106,6 +106,13 @@ def norm_of(gradients):
     return keras.ops.sqrt(sum(squares))
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,7 +120,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--policy", choices=("relative", "reference", "decay"), default="decay")
     add("--learning-rate", type=rate, default=1e-3, help="number, or auto (0.001)")
-    add("--epochs", type=int, default=20)
+    add("--epochs", type=count, default=20)
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("results/step.png"), help="the figure")
     return parser.parse_args()

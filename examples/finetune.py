@@ -31,6 +31,13 @@ OPTIMIZERS = {
 RATES = {"adam": 1e-3, "sgd": 1e-2}
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -44,11 +51,11 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--learning-rate", type=float, help="default: 1e-3 for adam, 1e-2 for sgd"
     )
-    parser.add_argument("--samples", type=int, default=100, help="to fine-tune on")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--samples", type=count, default=100, help="to fine-tune on")
+    parser.add_argument("--epochs", type=count, default=30)
+    parser.add_argument("--batch-size", type=count, default=16)
     parser.add_argument("--pretrain-epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=count, default=5)
     parser.add_argument(
         "--policy", choices=("relative", "reference", "decay"), default="relative"
     )

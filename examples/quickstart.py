@@ -20,6 +20,13 @@ from sklearn.model_selection import train_test_split
 import keras_milr
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -32,11 +39,13 @@ def parse_arguments():
         help="digits ships with scikit-learn; Keras downloads the others",
     )
     parser.add_argument("--model", choices=["auto", "mlp", "cnn"], default="auto")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=None, help="32, or 128 (cnn)")
+    parser.add_argument("--epochs", type=count, default=25)
+    parser.add_argument(
+        "--batch-size", type=count, default=None, help="32, or 128 (cnn)"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="adam")
-    parser.add_argument("--seeds", type=int, default=3, help="number of repetitions")
+    parser.add_argument("--seeds", type=count, default=3, help="number of repetitions")
     parser.add_argument("--output", type=Path, default=None, help="figure to write")
     return parser.parse_args()
 

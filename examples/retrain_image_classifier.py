@@ -36,6 +36,13 @@ import keras_milr
 PARTS = {"backbone": "(?!new_head$).*", "head": "new_head"}
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,17 +57,17 @@ def parse_arguments():
     flag("rescale", type=float, default=255.0, help="divides the pixels of .keras and "
          "SavedModel handles; 255 (default) for those that take [0, 1]")  # fmt: skip
     flag("image-dir", type=Path, help="a folder with a subfolder of images per class")
-    flag("image-size", type=int, help="default: what the handle takes, else 96")
+    flag("image-size", type=count, help="default: what the handle takes, else 96")
     flag("dataset", choices=("fashion_mnist", "mnist", "digits"),
          help="default: fashion_mnist where it can be had, else digits")  # fmt: skip
-    flag("samples", type=int, default=500, help="of --dataset, to train on (500)")
+    flag("samples", type=count, default=500, help="of --dataset, to train on (500)")
     flag("rates", choices=("one", "parts", "layers"), default="parts",
          help="one, backbone and head (default), or each layer")  # fmt: skip
     flag("freeze", action="store_true", help="train the head only, at one rate")
     flag("policy", choices=("relative", "reference", "decay"), default="relative")
     flag("learning-rate", type=rate, default=1e-3, help="number, or auto (0.001)")
-    flag("epochs", type=int, default=15)
-    flag("batch-size", type=int, default=32)
+    flag("epochs", type=count, default=15)
+    flag("batch-size", type=count, default=32)
     flag("compare", action="store_true", help="also train at one constant rate")
     flag("seed", type=int, default=0)
     flag("saved-model", type=Path, help=".keras file, to be loaded where keras_milr is "

@@ -32,6 +32,13 @@ from sklearn.model_selection import train_test_split
 import keras_milr
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -39,9 +46,11 @@ def parse_arguments():
     add = parser.add_argument
     add("--dataset", choices=("diabetes", "wine", "housing"), default="diabetes")
     add("--learning-rate", type=float, default=1e-3, help="the constant one (0.001)")
-    add("--epochs", type=int, default=40)
-    add("--batch-size", type=int, default=16, help="64 is enough for wine and housing")
-    add("--seeds", type=int, default=5, help="number of splits and trainings (5)")
+    add("--epochs", type=count, default=40)
+    add(
+        "--batch-size", type=count, default=16, help="64 is enough for wine and housing"
+    )
+    add("--seeds", type=count, default=5, help="number of splits and trainings (5)")
     add(
         "--output", type=Path, default=Path("results/regression.png"), help="the figure"
     )

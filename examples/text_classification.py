@@ -35,23 +35,35 @@ PACKAGES = ("numpy", "scipy", "sklearn", "keras")
 NAMES = re.compile(r"\b(numpy|scipy|sklearn|scikit|keras|tensorflow|np|tf)\b", re.I)
 
 
+def count(text):
+    """An argument that is a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return int(text)
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--text-file", "--text_file", type=Path, help="file or folder, see above")
-    add("--words", type=int, default=4000, help="size of the vocabulary (4000)")
-    add("--length", type=int, default=40, help="words of a text that are read (40)")
+    add("--words", type=count, default=4000, help="size of the vocabulary (4000)")
+    add("--length", type=count, default=40, help="words of a text that are read (40)")
     add("--learning-rate", type=float, default=1e-3, help="of the first two (0.001)")
-    add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=32)
-    add("--seeds", type=int, default=3, help="number of repetitions (3)")
+    add("--epochs", type=count, default=10)
+    add("--batch-size", type=count, default=32)
+    add("--seeds", type=count, default=3, help="number of repetitions (3)")
     add("--saved-model", "--saved_model", type=Path, help=".keras file to write")
     add("--output", type=Path, default=Path("results/text.png"), help="the figure")
     arguments = parser.parse_args()
     if arguments.text_file and not arguments.text_file.exists():
         parser.error(f"--text-file does not exist. Received: {arguments.text_file}")
+    saved = arguments.saved_model
+    if saved and saved.suffix != ".keras":  # Not after all trainings.
+        parser.error(f"--saved-model must end in .keras. Received: {saved}")
+    if arguments.words < 3:  # Two stand for padding and for words not among them.
+        parser.error(f"--words must be 3 or more. Received: {arguments.words}")
     return arguments
 
 

@@ -370,6 +370,22 @@ def test_train_step(backend, tmp_path):
         (RETRAIN, ["--image_dir=/none"], "--image-dir must be a folder. Received: /no"),
         (TEXT, ["--text_file=/none"], "--text-file does not exist. Received: /none"),
         (REGRESSION, ["--dataset=wine"], "variable KERAS_MILR_UCI names. Received: /n"),
+        (
+            TEXT,
+            ["--saved_model=texts"],
+            "--saved-model must end in .keras. Received: t",
+        ),
+        (TEXT, ["--words=2"], "--words must be 3 or more. Received: 2"),
+        *(
+            (f"examples/{name}.py", [f"--{flag}=0"], f"--{flag}: must be 1 or more")
+            for name, flag in (
+                *(("quickstart", "seeds"), ("quickstart", "epochs")),
+                *(("text_classification", "length"), ("tabular_regression", "seeds")),
+                *(("finetune", "samples"), ("retrain_image_classifier", "epochs")),
+                *(("custom_policy", "seeds"), ("custom_train_step", "epochs")),
+            )
+        ),
+        ("examples/quickstart.py", ["--seeds=x"], "invalid count value: 'x'"),
         ("examples/custom_policy.py", ["--expected=-1"], "at least 0. Received: -1.0"),
         ("examples/custom_train_step.py", ["--learning-rate=high"], "invalid rate"),
     ],
