@@ -165,10 +165,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
             `DataLoader`, generator), which is gone through once before the first epoch,
-            with `learning_rate="auto"` twice; of a large dataset a part such as
-            `dataset.take(200)` serves. Inputs may be sparse arrays of SciPy. The
-            training data are a good choice, with their class weights, if there are any,
-            as sample weights. Defaults to `None`: use the metric.
+            with `learning_rate="auto"` twice, as a generator cannot be; of a large
+            dataset a part such as `dataset.take(200)` serves. Inputs may be sparse
+            arrays of SciPy. The training data are a good choice, with their class
+            weights, if there are any, as sample weights. Defaults to `None`: use the
+            metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.

@@ -260,7 +260,9 @@ def _result(trial):
             reason = "for each rate is too few to judge it by"
         warnings.warn(
             f"lr_range_test: {trial.length} step(s) {reason}, so the optimizer's own, "
-            f"{rate:g}, counts as best; pass more `steps` to find out. "
+            f"{rate:g}, counts as best. To find out, call `found = keras_milr."
+            "lr_range_test(model, x, y, max_steps=...)` with more than the "
+            f"{trial.taken} that all took, and train at `found.best_lr`. "
             f"Received: rates {[row.rate for row in trained]}",
             stacklevel=3,
         )
@@ -422,8 +424,8 @@ def _as_data(x, y, batch_size, sample_weight, class_weight):
         )
     if hasattr(x, "__next__"):
         raise ValueError(
-            "Argument `x` must be data that can be read more than once: nothing would "
-            "be left of it for `fit`. Received: an iterator, of type "
+            "Argument `x` must be data that can be read more than once, for the range "
+            "test and afterwards: arrays, or a dataset. Received: an iterator, of type "
             f"{type(x).__name__}"
         )
     for name, value in (("batch_size", batch_size), ("sample_weight", sample_weight)):

@@ -175,6 +175,14 @@ def detect(loss, labels, outputs, kind: str = "auto") -> Target:
         ValueError: for labels that fit no kind, not the loss or not the given kind, and
             for labels that fit several where the loss decides nothing.
     """
+    explicit = kind != "auto"
+    # Its labels need not have the shape of any kind.
+    if not explicit and loss_family(loss) == "unreadable":
+        raise ValueError(
+            "The outputs are trained by a loss that neither names a class nor compares "
+            f"numbers one by one. Received: {loss!r}. If they can be read all the "
+            f"same, pass `targets`, one of {KINDS}"
+        )
     labels, outputs = _numbers(labels), np.asarray(outputs, "float32")
     if outputs.ndim == 1:
         outputs = outputs[:, None]
@@ -184,15 +192,8 @@ def detect(loss, labels, outputs, kind: str = "auto") -> Target:
     if labels.ndim == 0 or not (single or by_unit):
         raise ValueError(_no_kind(labels.shape, positions, units))
     logits = from_logits(loss, units)
-    explicit = kind != "auto"
     if explicit:
         _check_shape(kind, single, by_unit, labels.shape, units)
-    elif loss_family(loss) == "unreadable":
-        raise ValueError(
-            "The outputs are trained by a loss that neither names a class nor compares "
-            f"numbers one by one. Received: {loss!r}. If they can be read all the "
-            f"same, pass `targets`, one of {KINDS}"
-        )
     else:
         kind = _detected(loss, labels, outputs, single, units, logits)
     return Target(

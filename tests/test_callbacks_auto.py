@@ -107,12 +107,15 @@ def test_epochs_of_few_steps_raise_to_what_learned_fastest(
     np.testing.assert_allclose(rates[1e3], [0.01, highest, highest], rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:lr_range_test. .* counts as best")
 def test_two_batches_in_an_epoch(data):
-    """Each rate has one step, which is more than an epoch."""
+    """Each rate has one step, which is more than an epoch. What to do is said."""
     few = tuple(a[:60] for a in data)
     callback = MutualInformationLR(probe_data=few, learning_rate="auto")
-    fit(make_model(), few, callback, batch_size=30)
+    message = (
+        r"best. To find out, call .*max_steps=.* more than the \d .* `found.best_lr"
+    )
+    with pytest.warns(UserWarning, match=message):
+        fit(make_model(), few, callback, batch_size=30)
     assert callback.lr_range.steps == 7
     assert callback.history[0]["rate"] == np.float32(callback.lr_range.best_lr)
 

@@ -153,6 +153,14 @@ class TestDetection:
                 targets.detect(loss, rows(), SIGMOID)
         assert targets.detect(name, rows(), SIGMOID, "continuous").explicit
 
+    def test_such_a_loss_goes_before_shapes(self):
+        """Of CTC, labels are shorter than outputs."""
+        labels, outputs = np.ones((6, 2), int), np.ones((6, 5, 3))
+        with pytest.raises(ValueError, match="neither names a class"):
+            targets.detect(keras.losses.CTC(), labels, outputs)
+        with pytest.raises(ValueError, match="Received: labels of shape"):
+            targets.detect(keras.losses.CTC(), labels, outputs, "sparse")
+
     def test_logits(self):
         loss = keras.losses.CategoricalCrossentropy(from_logits=True)
         assert targets.detect(loss, rows(), SIGMOID).from_logits
