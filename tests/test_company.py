@@ -11,7 +11,7 @@ import sklearn.pipeline  # noqa: F401 (Keras 3.10 forgets to)
 from sklearn.metrics import mutual_info_score
 from sklearn.model_selection import GridSearchCV
 
-from keras_milr import LayerwiseOptimizer, MutualInformationLR
+from keras_milr import LayerwiseOptimizer, MutualInformation, MutualInformationLR
 
 KEYS = ("probe_mutual_information", "probe_information")
 company = pytest.mark.supports
@@ -422,3 +422,23 @@ def test_grid_search_of_scikit_learn(data):
     assert callback.history[-1]["raw"] == pytest.approx(
         mutual_info_score(y, predicted), abs=1e-4
     )
+
+
+def test_early_stopping_of_one_of_several_outputs(data):
+    """Keras asks which way is better, of a metric whose key begins with the output."""
+    x, y = data
+    inputs = keras.Input((64,))
+    layers = [keras.layers.Dense(10, activation="softmax", name=n) for n in "ab"]
+    model = keras.Model(inputs, {layer.name: layer(inputs) for layer in layers})
+    loss = "sparse_categorical_crossentropy"
+    metrics = {"a": [MutualInformation()]}
+    model.compile("adam", {"a": loss, "b": loss}, metrics=metrics)
+
+    def fit(**mode):
+        stop = keras.callbacks.EarlyStopping("a_mutual_information", **mode)
+        labels = {"a": y, "b": y}
+        return model.fit(x, labels, verbose=0, callbacks=[stop]).history
+
+    with pytest.raises(ValueError, match="Pass `mode='max'`"):
+        fit()
+    assert "a_mutual_information" in fit(mode="max")

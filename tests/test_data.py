@@ -253,3 +253,27 @@ def test_a_generator_is_too_short_for_a_range_test(data):
         model.fit(*data, verbose=0, callbacks=[callback])
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_batches_of_different_lengths():
+    """They train, each padded to a length of its own, and are no probe."""
+    rng = np.random.default_rng(0)
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return rng.integers(0, 20, (16, 5 + i)), np.arange(16) % 2
+
+    layers = [keras.layers.Embedding(20, 8), keras.layers.GlobalAveragePooling1D()]
+    model = keras.Sequential([*layers, keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(Batches(), verbose=0)
+    message = r"`probe_data` must have the same shapes.* pad them to one length"
+    with pytest.raises(ValueError, match=message):
+        model.fit(
+            Batches(),
+            verbose=0,
+            callbacks=[MutualInformationLR(probe_data=Batches())],
+        )
