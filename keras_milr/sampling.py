@@ -14,6 +14,7 @@ from keras_milr._arguments import naming
 from keras_milr.untouched import own_random_state
 
 _LONG = 30  # seconds after which a user may wonder
+_SPARE = 2048  # rows that a draw may hold beyond two samples, where these are smaller
 
 
 class Labels(NamedTuple):
@@ -186,6 +187,7 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
     batches.check_inputs(first[0])
     plan = _Plan(model, first[0], first[1], output, kind)
     most = 2 * size if plan.bins else size  # Bins are not known before the targets are.
+    spare = max(most, _SPARE)
     pool, batch_sizes, seen = _Pool(plan.classes), [], 0
     started = time.monotonic()
     with own_random_state(int(seed) ^ 1):
@@ -211,11 +213,13 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
                 rows["sample_weight"] = sample_weight
             pool.add(rows, ids, rng.random(n))
             # Memory stays bounded by the sample.
-            if len(pool) > 2 * most + 16 * plan.classes:
+            if len(pool) > 2 * most + min(16 * plan.classes, spare):
                 # What the final draw will want of the rows so far is fewer on average,
-                # and more with a chance that is negligible.
+                # and more with a chance that is negligible. Of hundreds of classes
+                # those chances together would be many samples, so each has less.
                 shares = most * pool.counts / pool.counts.sum()
-                pool.keep(shares + 4 * np.sqrt(shares) + 4)
+                more = 4 * np.sqrt(shares) + 4
+                pool.keep(shares + more * min(1.0, spare / more.sum()))
     plan.decide()
     present = np.count_nonzero(pool.counts)
     if plan.classes > 1 and present == 1:

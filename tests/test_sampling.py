@@ -149,6 +149,35 @@ class TestSample:
         assert len(sample.class_ids) == 50
         assert longest <= 2 * 50 + 16 * 3 + 100
 
+    @pytest.mark.parametrize("order", ["shuffled", "sorted", "in parts"])
+    @pytest.mark.parametrize("classes", [64, 200, 1000])
+    def test_the_number_of_classes_takes_no_memory(self, classes, order):
+        """And the sample is that of arrays, of which all rows are there at the end."""
+        rng = np.random.default_rng(0)
+        y = rng.choice(classes, 40_000, p=rng.dirichlet(np.full(classes, 5.0)))
+        if order == "sorted":
+            y = np.sort(y)
+        elif order == "in parts":  # Of a few classes each, which come again.
+            y = np.concatenate(
+                [rng.choice(y, (20, 1))[rng.integers(0, 20, 500), 0] for _ in range(80)]
+            )
+        x, longest = np.arange(len(y), dtype="float32")[:, None], 0
+
+        class Watched(sampling._Pool):
+            def add(self, *args):
+                nonlocal longest
+                super().add(*args)
+                longest = max(longest, len(self))
+
+        model = make_model(1, classes)
+        whole = sampling.draw_sample((x, y), model, 2048)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_Pool", Watched)
+            batches = ((x[i : i + 100], y[i : i + 100]) for i in range(0, len(y), 100))
+            sample = sampling.draw_sample(batches, model, 2048)
+        np.testing.assert_array_equal(sample.x, whole.x)
+        assert longest <= 3 * 2048 + 100
+
     def test_memory_is_that_of_two_samples(self):
         def batches():
             rng = np.random.default_rng(0)
