@@ -369,7 +369,7 @@ def _mosts(sample):
     for one in sample.labels:
         positions = math.prod(one.target.positions)
         yield _OUTPUTS // (positions * one.target.units)
-        # Sums in float32 are exact for that many.
+        # Counts in float32 are exact for that many.
         yield 2**24 // (positions * (one.target.units if one.target.by_unit else 1))
 
 

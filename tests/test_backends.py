@@ -379,6 +379,36 @@ def test_sums_by_class(n, size):
     np.testing.assert_array_equal(found, np.bincount(ids, minlength=size))
 
 
+@pytest.mark.parametrize("size", [2, 20_000])
+@pytest.mark.parametrize("way", ["as it is", "jit", "compiled", "any length"])
+def test_sums_of_millions(way, size):
+    """One after the other, a float32 rounds 4 % of them away."""
+    ids = np.where(np.arange(2**22) % 50, 0, size - 1).astype("int32")
+    values = np.full(2**22, 0.1, "float32")
+
+    def add(values, ids):
+        return backend.class_sums(values, ids, size)
+
+    if way == "jit":
+        add = backend.jit(add)
+    elif way == "compiled":
+        add = backends.compiled(add)
+    elif way == "any length" and backends.NAME == "tensorflow":
+        import tensorflow as tf
+
+        shapes = [tf.TensorSpec((None,), dtype) for dtype in ("float32", "int32")]
+        add = tf.function(add, input_signature=shapes)
+    # Within a block, a sum is the same as before.
+    for n, tolerance in [(2**22, 1e-4 if size == 2 else 2e-3), (3000, 1e-4), (1, 0)]:
+        tensors = [keras.ops.convert_to_tensor(a[:n]) for a in (values, ids)]
+        found = keras.ops.convert_to_numpy(add(*tensors))
+        expected = np.bincount(ids[:n], values[:n].astype("float64"), size)
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+        if n <= 3000:
+            direct = keras.ops.segment_sum(*tensors, num_segments=size)
+            np.testing.assert_array_equal(found, keras.ops.convert_to_numpy(direct))
+
+
 def test_one_trace_for_any_width():
     """And another for another number of rows, and of a Python argument."""
     traced = []

@@ -126,6 +126,20 @@ def test_counts_stay_exact_over_millions():
     )
 
 
+def test_weights_of_millions_of_pixels_in_a_batch():
+    rng = np.random.default_rng(0)
+    y = (rng.random((64, 256, 256)) < 0.02).astype("int32")
+    said = np.where(rng.random(y.shape) < 0.1, 1 - y, y)
+    weight = np.where(y == 0, 0.1, 1.0).astype("float32")
+    metric = keras_milr.MutualInformation()
+    metric.update_state(y, np.eye(2, dtype="float32")[said], weight)
+    table = reference.contingency(said.ravel(), y.ravel(), 2, 2)
+    table = table * np.array([np.float32(0.1), 1.0])
+    np.testing.assert_allclose(metric.table()[:2], table, rtol=2e-4)
+    expected = reference.mutual_information(table)
+    assert float(metric.result()) == pytest.approx(expected, rel=1e-3)
+
+
 def one_cell(labels, start):
     """A metric that has counted `start` samples of one kind, and another of them."""
     several = labels == "multi_label"

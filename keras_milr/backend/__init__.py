@@ -14,7 +14,8 @@ those after it where there is something special to the backend; else `plain` has
   for each shape. With `any_width` the last axis of the first argument, a tensor, may
   be of any size, without a trace for each where the backend can do that.
 - `class_sums(values, ids, size)`: tensor of the sums of float32 `values` by their int32
-  ids in `[0, size)`; may be in a trace, where `size` is a Python number.
+  ids in `[0, size)`, of millions too; may be in a trace, where `size` is a Python
+  number.
 - `to_numpy(arrays)`: a dict of arrays or tensors as NumPy, fetched all at once.
 - `bincount(ids, size, weights=None)`: tensor of how often each id in `[0, size)`
   occurs, or of the sums of its weights; in a trace of `jit`, but not of a fused one.

@@ -5,6 +5,8 @@ import functools
 import jax
 import keras
 
+from keras_milr.backend import plain
+
 
 def argmax(x):
     return jax.numpy.argmax(x, axis=-1).astype("int32")
@@ -37,13 +39,18 @@ def jit(function, fused=False, any_width=False):
 
 
 def class_sums(values, ids, size):
+    in_blocks = functools.partial(plain.in_blocks, jax.ops.segment_sum)
+    return _sums(in_blocks, values, ids, size)
+
+
+def _sums(add, values, ids, size):
     # A GPU adds to one sum at a time, in any order. To compare with each class always
     # gives the same; on an H200 it was up to 20 times as fast with few classes and many
     # values, and up to this limit about as fast elsewhere.
     if jax.default_backend() == "gpu" and ids.shape[0] * size <= 2**28:
         same = ids[:, None] == jax.numpy.arange(size)
         return jax.numpy.sum(jax.numpy.where(same, values[:, None], 0), axis=0)
-    return jax.ops.segment_sum(values, ids, size)
+    return add(values, ids, size)
 
 
 def to_numpy(arrays):
@@ -53,7 +60,8 @@ def to_numpy(arrays):
 def bincount(ids, size, weights=None):
     # Three times as fast as `jax.numpy.bincount` on a CPU, and exact for whole counts.
     ones = jax.numpy.ones_like(ids) if weights is None else weights
-    return class_sums(ones, ids, size)
+    # A probe has too few rows for blocks to matter.
+    return _sums(jax.ops.segment_sum, ones, ids, size)
 
 
 def compile_step(model, step):

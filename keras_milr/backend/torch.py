@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from keras_milr import _keras
+from keras_milr.backend import plain
 
 # Read off an H200: so many comparisons take little longer than the call itself, and
 # with so many values to a sum another way is faster.
@@ -59,6 +60,11 @@ def _tensor(x):
 
 
 def class_sums(values, ids, size):
+    in_blocks = functools.partial(plain.in_blocks, _segment_sum)
+    return _sums(in_blocks, values, ids, size)
+
+
+def _sums(add, values, ids, size):
     n = ids.shape[0]
     if ids.is_cuda and n * size <= _COMPARED:
         # A GPU adds in any order; so the last digits are always the same.
@@ -68,14 +74,19 @@ def class_sums(values, ids, size):
     if crowded and not torch.are_deterministic_algorithms_enabled():
         # It adds to one sum at a time, but to the sums of many blocks at once.
         return torch.bincount(ids, values, size)
-    # Keras' segment sum does the same in a dozen steps.
+    return add(values, ids, size)
+
+
+def _segment_sum(values, ids, size):
+    # Keras' own does the same in a dozen steps.
     empty = torch.zeros(size, dtype=values.dtype, device=ids.device)
     return torch.index_add(empty, 0, ids, values)
 
 
 def bincount(ids, size, weights=None):
     weights = torch.ones_like(ids) if weights is None else weights
-    return class_sums(weights, ids, size)
+    # A probe has too few rows for blocks to matter.
+    return _sums(_segment_sum, weights, ids, size)
 
 
 def compile_step(model, step):

@@ -325,3 +325,13 @@ def test_absurd_input(changes, message):
     arguments = {"outputs": np.eye(2), "class_ids": [0, 1], "num_classes": 2}
     with pytest.raises((TypeError, ValueError), match=message):
         readouts.Predictions().measure(**(arguments | changes))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.4])
+def test_cross_entropy_of_millions_of_pixels(p):
+    """Of a constant output; what is added to a sum that has grown large was rounded."""
+    n = 64 * 256 * 256
+    labels = np.arange(n, dtype="int32") % 2
+    info = readouts.Predictions().measure(np.full((n, 1), p, "float32"), labels, 2)
+    expected = -0.5 * (np.log(p) + np.log(1 - p))
+    assert info.cross_entropy == pytest.approx(expected, rel=1e-4)
