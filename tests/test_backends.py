@@ -409,6 +409,16 @@ def test_sums_of_millions(way, size):
             np.testing.assert_array_equal(found, keras.ops.convert_to_numpy(direct))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_turn(compiled):
+    def doubled(values):
+        return backend.in_turn(lambda x: 2.0 * x, values)
+
+    values = keras.ops.convert_to_tensor(np.arange(4, dtype="float32"))
+    found = (backend.jit(doubled) if compiled else doubled)(values)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(found), [0, 2, 4, 6])
+
+
 def test_one_trace_for_any_width():
     """And another for another number of rows, and of a Python argument."""
     traced = []

@@ -19,6 +19,8 @@ those after it where there is something special to the backend; else `plain` has
 - `to_numpy(arrays)`: a dict of arrays or tensors as NumPy, fetched all at once.
 - `bincount(ids, size, weights=None)`: tensor of how often each id in `[0, size)`
   occurs, or of the sums of its weights; in a trace of `jit`, but not of a fused one.
+- `in_turn(function, values)`: tensor of what the function gives for each of the values,
+  one after the other, so that memory holds what one of them needs; may be in a trace.
 - `compile_step(model, step)`: `step(forward, *args)`, compiled as the model is, where
   `forward(x, training=False)` is the model with all its state left alone. It is traced
   once for each set of shapes and types, and reads the weights that the model has when
@@ -99,6 +101,7 @@ buffers = _special("buffers")
 build = _special("build")
 class_sums = _special("class_sums")
 copies = _special("copies")
+in_turn = _special("in_turn")
 inference = _special("inference")
 module_modes = _special("module_modes")
 modes_by_call = _special("modes_by_call")
@@ -152,6 +155,7 @@ __all__ = [
     "copies",
     "fresh",
     "ignored_distribution",
+    "in_turn",
     "inference",
     "is_in_reach",
     "is_symbolic",

@@ -31,6 +31,10 @@ def in_blocks(add, values, ids, size):
     return ops.sum(ops.reshape(sums, (-1, size)), axis=0)
 
 
+def in_turn(function, values):
+    return keras.ops.map(function, values)
+
+
 def to_numpy(arrays):
     return {k: keras.ops.convert_to_numpy(a) for k, a in arrays.items()}
 

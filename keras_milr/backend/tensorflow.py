@@ -53,6 +53,10 @@ def bincount(ids, size, weights=None):
     )
 
 
+def in_turn(function, values):
+    return tf.map_fn(function, values, parallel_iterations=1)  # Keras' own starts ten.
+
+
 def compile_step(model, step):
     def forward(x, training=False):
         # Stateless, so that even a layer which draws random numbers or updates

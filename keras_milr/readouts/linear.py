@@ -145,15 +145,20 @@ def _count_held_out(features, order, class_ids, weight, middle, num_classes):
     weighted = one_hot * counted
     exists = ops.sum(weighted, axis=0) > 0
     prior = ops.where(exists, prior, -1e30)  # No class at all, in either half.
-    temperatures = ops.reshape(
-        ops.convert_to_tensor(_TEMPERATURES, "float32"), (-1, 1, 1)
-    )
-    log_p = ops.log_softmax(temperatures * evidence + prior, axis=-1)
-    # As probabilities are clipped in `Predictions`: a single sample far out, on the
-    # wrong side, must not cost more than all the others are worth.
-    log_p = ops.maximum(log_p, math.log(keras.config.epsilon()))
-    score = ops.sum(log_p * weighted, axis=(1, 2))
-    logits = ops.take(log_p, ops.argmax(score), axis=0)
+
+    def log_p_at(temperature):
+        log_p = ops.log_softmax(temperature * evidence + prior, axis=-1)
+        # As probabilities are clipped in `Predictions`: a single sample far out, on the
+        # wrong side, must not cost more than all the others are worth.
+        return ops.maximum(log_p, math.log(keras.config.epsilon()))
+
+    def score(temperature):
+        return ops.sum(log_p_at(temperature) * weighted)
+
+    # One after the other: with thousands of classes each takes as much as all the rest.
+    temperatures = ops.convert_to_tensor(_TEMPERATURES, "float32")
+    scores = backend.in_turn(score, temperatures)
+    logits = log_p_at(ops.take(temperatures, ops.argmax(scores), axis=0))
     logits = ops.where(each, logits, np.nan)  # Counted as no prediction.
     readout = Predictions(from_logits=True)
     return readout.update(readout.init(num_classes), logits, class_ids, weight)
