@@ -285,12 +285,12 @@ class ReferenceLevel(_MissingShare):
        no probabilities, and no reading was better; else, unless a range test found the
        start or a far higher one failed, rate × 3 while H(Y) − CE is less than a
        quarter of what seems `attainable` (the information less than a tenth, where
-       there are no probabilities), also if the information falls, since counts go to and fro then;
-       else the rate stays while less than half is reached, be it a low rate or noise
-       in the labels that it comes from. This mends a start that is far too low. Within
-       the first epoch it begins only while less than half is reached of what seems
-       attainable, or H(Y) − CE is less than a quarter of the reference. A raise that
-       costs information is undone.
+       there are no probabilities), also if the information falls, since counts go to
+       and fro then; else the rate stays while less than half is reached, be it a low
+       rate or noise in the labels that it comes from. This mends a start that is far
+       too low. Within the first epoch it begins only while less than half is reached of
+       what seems attainable, or H(Y) − CE is less than a quarter of the reference. A
+       raise that costs information is undone.
     3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
        reading gains at least `share` of what was missing, cut as the gain shrinks, but
        never below `floor` times the highest rate so far.
@@ -365,12 +365,11 @@ class ThresholdDecay(_MissingShare):
        g > threshold (0.2, if that is more, within the first epoch), also since the
        last raise, by ten standard errors where there are no probabilities, and no
        reading was better; else, unless a range test found the start or a far
-       higher one failed, × 3 while
-       H(Y) − CE is less than a quarter of what seems `attainable` (the information
-       less than a tenth, where there are no probabilities), also if the information
-       falls, since counts go to and fro then; else it stays while less than half is
-       reached, be it a low rate or noise in the labels that it comes from. Within the
-       first epoch it begins only while less than half is reached of what seems
+       higher one failed, × 3 while H(Y) − CE is less than a quarter of what seems
+       `attainable` (the information less than a tenth, where there are no
+       probabilities), also if the information falls, since counts go to and fro then;
+       else it stays while less than half is reached, be it a low rate or noise in the
+       labels that it comes from. Within the first epoch it begins only while less than half is reached of what seems
        attainable, or H(Y) − CE is less than a quarter of the reference. A raise that
        costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
