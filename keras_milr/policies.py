@@ -369,9 +369,9 @@ class ThresholdDecay(_MissingShare):
        `attainable` (the information less than a tenth, where there are no
        probabilities), also if the information falls, since counts go to and fro then;
        else it stays while less than half is reached, be it a low rate or noise in the
-       labels that it comes from. Within the first epoch it begins only while less than half is reached of what seems
-       attainable, or H(Y) − CE is less than a quarter of the reference. A raise that
-       costs information is undone.
+       labels that it comes from. Within the first epoch it begins only while less than
+       half is reached of what seems attainable, or H(Y) − CE is less than a quarter of
+       the reference. A raise that costs information is undone.
     2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
        the readings left, at the latest with one:
 
