@@ -58,7 +58,7 @@ GRID = {
     "Adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
 }
 WIDE_GRID = (*GRID["Adam"], 0.3, 1.0, 3.0, 10.0)  # Of any other optimizer.
-BY_HAND = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+BY_HAND = (1e-4, 1e-3, 1e-2, 0.1, 0.2, 0.5, 1.0)
 
 
 def _constant(progress):

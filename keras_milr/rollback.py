@@ -105,7 +105,11 @@ class Rollback:
     def _fails(self, output, explores, raised, again):
         """What has been lost, in words; else None."""
         failure = collapse(output, self._best, self._first, self._even, self._learned)
-        if failure is None and raised:
+        if failure is not None:
+            # What little was learned otherwise is given up anyway.
+            self._again = again and self._half_is_known()
+            return failure
+        if raised:
             failure = fell(output, self._best)
             self._undo, self._again = failure is not None, again
         if failure is not None:

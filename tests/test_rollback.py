@@ -614,6 +614,17 @@ class TestSecondStart:
         self.check(self.back, self.START, Way.SECOND)
         assert self.weights() == 0
 
+    def test_after_a_collapse(self):
+        """Of a network that knew less than half, a restart is far lower."""
+        for known, way in ((1.0, Way.RESTART), (1.4, Way.SECOND)):
+            guard = Rollback(make_model())
+            guard.keep(self.START, [self.START])
+            assert self.judge(guard, info(known, 0.8), 1) is None
+            at_start = {"steps": 10, "at_start": True}
+            failed = info(0.0, 2.31, variation=0.0)
+            assert "not depend" in self.judge(guard, failed, 2, **at_start)
+            self.check(guard.restore(), self.START, way)
+
     @pytest.mark.parametrize("known", [1.1, 0.98])
     def test_that_knows_as_much_goes_on(self, known):
         """Where it is the same within the noise, the lower rate is."""
