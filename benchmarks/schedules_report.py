@@ -278,8 +278,10 @@ def draw(results, folder):
         with np.errstate(all="ignore"):
             middle = np.nanmedian(lines, axis=0)
             low, high = np.nanquantile(lines, [0.1, 0.9], axis=0)
-        axis.plot(BY_HAND, middle, "o-", label=label)
-        axis.fill_between(BY_HAND, low, high, alpha=0.15)
+        known = ~np.isnan(middle)  # Not all are in the grids.
+        at = np.array(BY_HAND)[known]
+        axis.plot(at, middle[known], "o-", label=label)
+        axis.fill_between(at, low[known], high[known], alpha=0.15)
     axis.set_xscale("log")
     axis.set_ylim(-40, 4)
     axis.axhline(0, color="grey", linewidth=0.8)
