@@ -47,9 +47,8 @@ class Rollback:
     def __init__(self, model, even: float = 0.0):
         self._model, self._even = model, even
         self._first = self._best = None  # `Information` at the output.
-        self._start = self._good = (
-            None  # What was read, and the weights it was read of.
-        )
+        # What was read, and the weights it was read of.
+        self._start = self._good = None
         self._now = None  # What was read of the present weights.
         self._undo = False  # Whether all that failed was a raise of the rate.
         self._again = False  # Whether a lower rate may do better from the start.
@@ -111,7 +110,8 @@ class Rollback:
             return failure
         if raised:
             failure = fell(output, self._best)
-            self._undo, self._again = failure is not None, again
+            self._undo = failure is not None
+            self._again = again and self._undo
         if failure is not None:
             return failure
         if again and is_below(output, self._best, _LITTLE):
