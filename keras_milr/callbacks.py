@@ -236,10 +236,10 @@ class MutualInformationLR(keras.callbacks.Callback):
             of H(Y) of what was known is missing and the cross-entropy is as much
             higher. Where so much is lost in the second reading at the rate of the
             start, or a raise from it then costs information, that rate may be too high
-            itself, and what it has done to the weights would stay: a lower one, 0.3 of
-            it, is given as long, from the start, and if less is learned, what the first
-            start had learned comes back, at half its rate. Each time warns; after the
-            tenth the training stops. Defaults to `True`.
+            itself, unless a range test found it. What it has done to the weights would
+            stay: 0.3 of it is given as long, from the start, and if less is learned,
+            what the first start had learned comes back, at half its rate. Each time
+            warns; after the tenth the training stops. Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use, which begins
             with the name of the output where there are several. One on the validation
             data is read after epochs only. Defaults to `None`: the metric on the

@@ -117,7 +117,12 @@ class Controller:
         return self.explores() and self._before is not None
 
     def is_at_start(self, reading) -> bool:
-        """Whether no rate, or none before a raise, is above that of the start."""
+        """Whether no rate, or none before a raise, is above that of the start.
+
+        One that a range test found has shown to serve, and does not count.
+        """
+        if self._searched:
+            return False
         before = reading.rate if self._before is None else self._before
         return bool(np.all(before <= self._start))
 

@@ -86,7 +86,8 @@ class Rollback:
             steps: Number of readings planned, or None where it is not known.
             explores: Whether the policy is one that raises rates to see what comes.
             raised: Whether it was trained at a rate that was raised for that.
-            at_start: Whether the rate, or that before the raise, is that of the start.
+            at_start: Whether the rate, or that before the raise, is that of the start,
+                which nothing speaks for.
                 That may be far too high, and what it has done to the weights stays. So
                 a lower one is given as long, from the start.
         """

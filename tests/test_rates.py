@@ -374,6 +374,9 @@ class TestWaysBack:
 
     def test_what_was_raised_is_not_at_the_start(self):
         control, reading, _ = self.control()
+        control._searched = True  # Nor what a range test found.
+        assert not control.is_at_start(reading)
+        control._searched = False
         control.act(reading)
         assert not control.is_at_start(control.read(self.INFOS))
         control._policy = lambda reading: reading.rate  # The raise has served.
