@@ -90,7 +90,7 @@ class TestLogs:
     def test_history_has_each_layer_and_serialises(self, digits):
         callback = make("relative", digits)
         fit(callback, digits)
-        scalars = {"step", "steps", "rollbacks", "searched"}
+        scalars = {"step", "steps", "rollbacks", "searched", "restarts"}
         arrays = set(policies.Reading._fields) - scalars
         arrays |= set(readouts.Information._fields)
         assert [r["step"] for r in callback.history] == [0, 1, 2]
