@@ -222,11 +222,11 @@ class MutualInformationLR(keras.callbacks.Callback):
         rollback: Whether to go back to the last good weights and optimizer state, at
             rates lowered to 0.3 (after a raise, of those before it), or, where less
             than half had been known of what seems attainable, to the start at 0.03, and
-            from then on no higher than a tenth of what failed, when the
-            training fails: the loss, the weights or the optimizer's state are not
-            finite, or, with a probe, the output is worse than the same guess for every
-            sample after it was better, or does not depend on the input any more, or is
-            the same for nearly all samples; of continuous targets, only the latter two.
+            from then on no higher than a tenth of what failed, when the training fails:
+            the loss, the weights or the optimizer's state are not finite, or, with a
+            probe, the output is worse than the same guess for every sample after it was
+            better, or does not depend on the input any more, or is the same for nearly
+            all samples; of continuous targets, only the latter two.
             Over-fitting is no failure, though on a probe that is held out the
             cross-entropy may rise above that of any guess. A raise of the rate
             is undone that costs information, where the policy raises it to see what

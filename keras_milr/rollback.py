@@ -190,8 +190,8 @@ class Rollback:
             self._tried = False  # It may be too high as well.
             return None
         return (
-            f"from the start at a lower rate {output.accessible:.4g} nats were learned "
-            f"in the time of {known:.4g}"
+            f"from the start at a lower rate {output.accessible:.4g} nats were "
+            f"learned, in the same time as {known:.4g} before"
         )
 
     def _may_start_again(self, steps):
