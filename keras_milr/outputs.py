@@ -123,7 +123,7 @@ def signature(outputs) -> list:
     return [
         (
             *(o.name, o.values.shape, o.weight, targets.loss_family(o.loss)),
-            targets.from_logits(o.loss, (1, *o.values.shape)[-1]),
+            targets.from_logits(o.loss),
             getattr(o.loss, "ignore_class", None),
         )
         for o in outputs

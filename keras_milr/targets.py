@@ -137,7 +137,7 @@ def loss_family(loss) -> str | None:
     return None
 
 
-def from_logits(loss, num_units: int) -> bool:
+def from_logits(loss) -> bool:
     """Whether the loss takes the outputs for logits. Margins are read as such."""
     if loss_family(loss) == "hinge":
         return True
@@ -191,7 +191,7 @@ def detect(loss, labels, outputs, kind: str = "auto") -> Target:
     by_unit = labels.shape[1:] == outputs.shape[1:] or (single and units == 1)
     if labels.ndim == 0 or not (single or by_unit):
         raise ValueError(_no_kind(labels.shape, positions, units))
-    logits = from_logits(loss, units)
+    logits = from_logits(loss)
     if explicit:
         _check_shape(kind, single, by_unit, labels.shape, units)
     else:
