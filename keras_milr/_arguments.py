@@ -80,6 +80,12 @@ def check_bool(name, value):
         raise TypeError(_message(name, "True or False", value))
 
 
+def check_verbose(value):
+    """Refuses what is no level of messages, with a TypeError."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(_message("verbose", "0 or 1", value))
+
+
 def as_array(name, value):
     """An array or tensor of real numbers, as it is; anything else as an array.
 

@@ -8,7 +8,6 @@ import warnings
 
 import keras
 import numpy as np
-from absl import logging
 
 from keras_milr import (
     _keras,
@@ -27,11 +26,12 @@ from keras_milr._arguments import (
     check_bool,
     check_integer,
     check_number,
+    check_verbose,
 )
 from keras_milr.controller import Controller, check_bounds
 from keras_milr.metrics import MetricTable
 from keras_milr.outputs import outputs_of, signature
-from keras_milr.range_test import LRRange, lr_range_test
+from keras_milr.range_test import LRRange, lr_range_test, show
 from keras_milr.rollback import MOST, Rollback
 from keras_milr.state import State, resuming
 from keras_milr.targets import check_kind
@@ -325,11 +325,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             )
         if reference is not None and not callable(reference):
             check_number("reference", reference, above=0, at_most=LARGEST)
-        if not isinstance(verbose, (int, np.integer)):
-            raise TypeError(
-                "Argument `verbose` must be 0 or 1. "
-                f"Received: verbose={verbose!r} of type {type(verbose).__name__}"
-            )
+        check_verbose(verbose)
         if monitor is not None and not isinstance(monitor, str):
             raise TypeError(
                 "Argument `monitor` must be a log key. "
@@ -602,7 +598,7 @@ class MutualInformationLR(keras.callbacks.Callback):
                 # it does in another `fit`.
                 self._controller.end()
         if self.verbose > 0:
-            _print(
+            show(
                 f"MutualInformationLR resuming at epoch {epoch + 1}, with learning "
                 f"rate {rates.base_rate(self.model):.4g}."
             )
@@ -726,7 +722,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         rate = min(max(self.lr_range.best_lr, self.min_lr), high)
         rates.set_base(self.model, rate)
         if self.verbose > 0:
-            _print(f"MutualInformationLR starting with learning rate {rate:.4g}.")
+            show(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
     def _early_readings(self, epoch) -> int:
         """How many readings are wanted within an epoch, as often of the first.
@@ -799,7 +795,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             # What rises does so at once.
             falls = self._controller.glides and np.all(new <= reading.rate)
             verb = "lowering" if falls else "setting"
-            _print(
+            show(
                 f"\nEpoch {self._timing.epoch + 1}: MutualInformationLR {verb} "
                 f"learning {what}."
             )
@@ -974,11 +970,3 @@ def _check_readout(readout, layers):
             "Argument `readout` must give one number for each layer: set `reduce` to "
             f"'mean' or 'max'. Received: readout={readout!r} with reduce=None"
         )
-
-
-def _print(message):
-    """As Keras prints the messages of its callbacks."""
-    if keras.config.is_interactive_logging_enabled():
-        print(message, flush=True)
-    else:
-        logging.info(message)

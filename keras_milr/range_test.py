@@ -10,7 +10,13 @@ import numpy as np
 from absl import logging
 
 from keras_milr import backend, batches, sampling, trials
-from keras_milr._arguments import LARGEST, LARGEST_SEED, check_integer, check_number
+from keras_milr._arguments import (
+    LARGEST,
+    LARGEST_SEED,
+    check_integer,
+    check_number,
+    check_verbose,
+)
 from keras_milr.plotting import plot_range
 from keras_milr.untouched import own_random_state, untouched
 
@@ -341,11 +347,7 @@ def _check_arguments(
             check_integer(name, value, at_least=1, at_most=most)
     check_integer("probe_size", probe_size, at_least=2)
     check_integer("seed", seed, at_least=0, at_most=LARGEST_SEED)
-    if not isinstance(verbose, (int, np.integer)):
-        raise TypeError(
-            "Argument `verbose` must be 0 or 1. "
-            f"Received: verbose={verbose!r} of type {type(verbose).__name__}"
-        )
+    check_verbose(verbose)
     if steps is not None and max_steps is not None:
         raise ValueError(
             "Arguments `steps` and `max_steps` exclude each other: the first is for "
@@ -451,11 +453,15 @@ def _naming_x():
 
 def _announce(count, steps, batch_size, budget, epoch, sample):
     cost = min(count * steps, budget)
-    message = (
+    show(
         f"lr_range_test: up to {count} learning rates, {steps} step(s) of {batch_size} "
         f"samples each, at most {cost} steps or {cost / epoch:.0%} of an epoch. Each "
         f"is judged on {len(sample.class_ids)} other samples."
     )
+
+
+def show(message):
+    """Prints or logs a message, whichever Keras does with those of its callbacks."""
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)
     else:
