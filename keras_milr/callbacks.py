@@ -301,68 +301,13 @@ class MutualInformationLR(keras.callbacks.Callback):
         per_epoch = isinstance(update_freq, str) and update_freq == "epoch"
         if not per_epoch:
             check_integer("update_freq", update_freq, at_least=1, or_else="'epoch'")
-        check_number("min_lr", min_lr, at_least=0)
-        if max_lr is not None:
-            check_number("max_lr", max_lr, above=0, at_most=LARGEST)
-            if min_lr > max_lr:
-                raise ValueError(
-                    "Argument `min_lr` must not be above `max_lr`. "
-                    f"Received: min_lr={min_lr}, max_lr={max_lr}"
-                )
-        auto = isinstance(learning_rate, str) and learning_rate == "auto"
-        if learning_rate is not None and not auto:
-            check_number(
-                *("learning_rate", learning_rate),
-                above=0,
-                at_most=LARGEST,
-                or_else="'auto'",
-            )
-        if auto and probe_data is None:
-            raise ValueError(
-                "Argument `learning_rate` needs `probe_data` to be found: the range "
-                "test trains and measures on them. "
-                "Received: learning_rate='auto', probe_data=None"
-            )
+        _check_rates(learning_rate, min_lr, max_lr, probe_data)
         if reference is not None and not callable(reference):
             check_number("reference", reference, above=0, at_most=LARGEST)
         check_verbose(verbose)
-        if monitor is not None and not isinstance(monitor, str):
-            raise TypeError(
-                "Argument `monitor` must be a log key. "
-                f"Received: monitor={monitor!r} of type {type(monitor).__name__}"
-            )
-        if not per_epoch and str(monitor).startswith("val_"):
-            raise ValueError(
-                "A metric on the validation data changes once an epoch: "
-                "`update_freq` must be 'epoch' with it. "
-                f"Received: update_freq={update_freq!r}, monitor={monitor!r}"
-            )
+        _check_monitor(monitor, update_freq)
         _check_readout(readout, layers)
-        if layers is not None and probe_data is None:
-            raise ValueError(
-                "Argument `layers` needs `probe_data`: a metric knows nothing of what "
-                f"layers say. Received: layers={layers!r}, probe_data=None"
-            )
-        if output is not None and not isinstance(output, str):
-            raise TypeError(
-                "Argument `output` must be the name of an output of the model. "
-                f"Received: output={output!r} of type {type(output).__name__}"
-            )
-        check_kind(targets)
-        given = {"output": output, "targets": None if targets == "auto" else targets}
-        for name, value in given.items():
-            if value is not None and probe_data is None:
-                raise ValueError(
-                    f"Argument `{name}` needs `probe_data`: a metric belongs to one "
-                    "output, and is told the kind of its labels itself. "
-                    f"Received: {name}={value!r}, probe_data=None"
-                )
-        if monitor is not None and probe_data is not None:
-            raise ValueError(
-                "Arguments `monitor` and `probe_data` exclude each other: one names a "
-                "metric, the other replaces it. "
-                f"Received both, with monitor={monitor!r}"
-            )
+        _check_probed(probe_data, layers, output, targets, monitor)
         self.policy = policy
         self.probe_data = probe_data
         self.probe_size = probe_size
@@ -953,6 +898,71 @@ def _serialized(name, value):
                 f"to be part of a configuration. Received: {name}={value!r}"
             )
     return keras.saving.serialize_keras_object(value)
+
+
+def _check_rates(learning_rate, min_lr, max_lr, probe_data):
+    check_number("min_lr", min_lr, at_least=0)
+    if max_lr is not None:
+        check_number("max_lr", max_lr, above=0, at_most=LARGEST)
+        if min_lr > max_lr:
+            raise ValueError(
+                "Argument `min_lr` must not be above `max_lr`. "
+                f"Received: min_lr={min_lr}, max_lr={max_lr}"
+            )
+    auto = isinstance(learning_rate, str) and learning_rate == "auto"
+    if learning_rate is not None and not auto:
+        check_number(
+            "learning_rate", learning_rate, above=0, at_most=LARGEST, or_else="'auto'"
+        )
+    if auto and probe_data is None:
+        raise ValueError(
+            "Argument `learning_rate` needs `probe_data` to be found: the range "
+            "test trains and measures on them. "
+            "Received: learning_rate='auto', probe_data=None"
+        )
+
+
+def _check_monitor(monitor, update_freq):
+    if monitor is not None and not isinstance(monitor, str):
+        raise TypeError(
+            "Argument `monitor` must be a log key. "
+            f"Received: monitor={monitor!r} of type {type(monitor).__name__}"
+        )
+    if update_freq != "epoch" and str(monitor).startswith("val_"):
+        raise ValueError(
+            "A metric on the validation data changes once an epoch: "
+            "`update_freq` must be 'epoch' with it. "
+            f"Received: update_freq={update_freq!r}, monitor={monitor!r}"
+        )
+
+
+def _check_probed(probe_data, layers, output, targets, monitor):
+    """Checks what needs a probe, and what must not be given with one."""
+    if layers is not None and probe_data is None:
+        raise ValueError(
+            "Argument `layers` needs `probe_data`: a metric knows nothing of what "
+            f"layers say. Received: layers={layers!r}, probe_data=None"
+        )
+    if output is not None and not isinstance(output, str):
+        raise TypeError(
+            "Argument `output` must be the name of an output of the model. "
+            f"Received: output={output!r} of type {type(output).__name__}"
+        )
+    check_kind(targets)
+    given = {"output": output, "targets": None if targets == "auto" else targets}
+    for name, value in given.items():
+        if value is not None and probe_data is None:
+            raise ValueError(
+                f"Argument `{name}` needs `probe_data`: a metric belongs to one "
+                "output, and is told the kind of its labels itself. "
+                f"Received: {name}={value!r}, probe_data=None"
+            )
+    if monitor is not None and probe_data is not None:
+        raise ValueError(
+            "Arguments `monitor` and `probe_data` exclude each other: one names a "
+            "metric, the other replaces it. "
+            f"Received both, with monitor={monitor!r}"
+        )
 
 
 def _check_readout(readout, layers):
