@@ -580,38 +580,33 @@ class MutualInformationLR(keras.callbacks.Callback):
             return Rollback(self.model)
         return Rollback(self.model, sampling.even_entropy(self._sample.labels))
 
-    def _make_controller(self, resumed=None):
+    def _make_controller(self, state=None):
         return Controller(
             self._rates,
             self._policy,
-            self.reference,
-            self.min_lr,
-            self._max_lr,
-            self._timing.readings,
-            self._noise,
-            self.lr_range is not None and self.lr_range.found,
-            resumed,
+            reference=self.reference,
+            min_lr=self.min_lr,
+            max_lr=self._max_lr,
+            steps=self._timing.readings,
+            noise=self._noise,
+            searched=self.lr_range is not None and self.lr_range.found,
+            state=state,
         )
 
     def _start(self, epoch):
-        """Takes the first reading and tries the policy on it."""
+        """Begins a training: finds the rate if it is to be found, and reads the start.
+
+        The policy is tried on that reading, and the roll back keeps the weights.
+        """
         anneals = getattr(self._policy, "anneals", False)
         if self._table is not None:
             anneals = anneals and self._table.is_seen_within_epochs
         self._timing.start(epoch, anneals)
-        max_lr = self.max_lr
+        self._max_lr = self.max_lr
         if self._is_auto():
             self._find_rate()
-            if max_lr is None:
-                highest = self.lr_range.max_lr
-                few = (self._timing.length or _FEW_STEPS) < _FEW_STEPS
-                if self.lr_range.found and few:
-                    # A gain in so few steps does not show that a raise serves more
-                    # than the rate that served best in the test.
-                    highest = self.lr_range.peak_lr
-                scale = self._rates.get().max() / self.lr_range.best_lr
-                max_lr = scale * max(highest, self.min_lr)
-        self._max_lr = max_lr
+            if self.max_lr is None:
+                self._max_lr = self._highest_found()
         self._controller = self._make_controller()
         self._steps_made = rates.steps_made(self.model)
         if self._probe is None:
@@ -669,12 +664,25 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.verbose > 0:
             show(f"MutualInformationLR starting with learning rate {rate:.4g}.")
 
-    def _early_readings(self, epoch) -> int:
-        """How many readings are wanted within an epoch, as often of the first.
+    def _highest_found(self) -> float:
+        """Upper bound of the rates, where only the range test knows of one."""
+        highest = self.lr_range.max_lr
+        few = (self._timing.length or _FEW_STEPS) < _FEW_STEPS
+        if self.lr_range.found and few:
+            # A gain in so few steps does not show that a raise serves more than the
+            # rate that served best in the test.
+            highest = self.lr_range.peak_lr
+        # The bound of layers is one of their rates: multipliers of the optimizer's.
+        scale = self._rates.get().max() / self.lr_range.best_lr
+        return scale * max(highest, self.min_lr)
 
-        There they find out whether the rate is far too low. Of rare classes little is
-        known for long, which makes any rate look too low. One that is too high looks
-        the same but for the cross-entropy, which not all labels have.
+    def _early_readings(self, epoch) -> int:
+        """How many readings the policy wants within this epoch: 0 but in the first.
+
+        They are to find out whether the rate is far too low, and there are none where
+        they could not tell. Of rare classes little is known for long, at any rate. And
+        a rate that is too high, at which little is known either, can be told from one
+        that is too low by the cross-entropy only, which not all labels have.
         """
         if (
             epoch != self._timing.first_epoch
@@ -686,9 +694,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         return getattr(self._policy, "early_readings", 0)
 
     def _is_worse_than_at_the_start(self):
+        """Whether the cross-entropy is above that of the start, or not known."""
         first = self.history[0]
         first = first.get("output", first)["cross_entropy"]
-        return not self._last[0].cross_entropy <= first  # It may be NaN.
+        return not self._last[0].cross_entropy <= first  # True for NaN.
 
     def _update(self, logs, mid_epoch=False, passed=None):
         """Takes a reading and sets the next rates.
