@@ -20,16 +20,23 @@ _COUNTS = ("step", "due", "rollbacks", "restarts")
 class Controller:
     """Keeps what a policy must be told, and sets what it answers within bounds.
 
+    A policy remembers nothing. What its `Reading` says of the past (the start, the
+    highest rates, the best reading) is kept here, and saved with the training.
+
     Args:
-        rates: A `rates.NetworkRate` or `rates.LayerRates`.
-        policy: A policy.
-        reference: None for H(Y), nats, or a callable from `Information` to nats.
+        rates: What is set: a `rates.NetworkRate` or `rates.LayerRates`.
+        policy: A callable from a `policies.Reading` to the next rates.
+        reference: What information is measured against: a number of nats, or a callable
+            from an `Information` to nats. None for H(Y).
         min_lr: Lower bound of every rate.
         max_lr: Upper bound of every rate, or None for `rates.ceiling`.
-        steps: Number of readings planned, or None, if each that is due is taken.
-        noise: Function from an `Information` to the noise of its changes.
+        steps: How many readings there will be after the one at the start, if each that
+            is due is taken. None where that is not known.
+        noise: Function from an `Information` to the standard error of its changes, in
+            nats.
         searched: Whether a range test found the rates at the start.
-        state: Of `state()`, where the training goes on. Defaults to `None`.
+        state: What `state()` returned, for a training that goes on. Defaults to `None`:
+            a training begins.
 
     Raises:
         ValueError: for a rate out of bounds at the start.
@@ -54,45 +61,52 @@ class Controller:
         self._steps = steps
         self._noise = noise
         self._searched = searched
-        if state is None:
-            self._start = self._peak = rates.get()
-            check_bounds(rates, min_lr, max_lr)
-            self._own_peak = rates.own()  # Not of a base that others set.
-            self._previous = self._latest = self._best = self._at_raise = None
-            self._step, self._due, self._rollbacks, self._restarts = -1, -1, 0, 0
-            self._due_before = 0  # How many readings were due before this epoch.
-            self._before = None  # The rates before a raise, until it is judged.
-            self._highest = None  # Bounds after a restart, below what has failed.
-            self._other = None  # The rates to go back to from a second start.
-            self._glide = None  # From where to where, and where we were last.
-        else:
-            for name in _ARRAYS:
-                setattr(self, f"_{name}", self._numbers(state, name))
-            for name in _COUNTS:
-                setattr(self, f"_{name}", operator.index(state[name]))
-            self._due_before = self._due
-            for name in _MAYBE:
-                known = state[name] is not None
-                value = self._numbers(state, name) if known else None
-                setattr(self, f"_{name}", value)
-            self._glide = None
-            if state["glide"] is not None:
-                ends = dict(zip(("from", "to"), state["glide"], strict=True))
-                start, end = (self._numbers(ends, name) for name in ends)
-                at = self.rates.own()  # Somewhere on the way, in the midst of an epoch.
-                if np.all((at >= end) & (at <= start)):
-                    self._glide = start, end, at
+        self._glide = None  # From where to where, and where we were last.
+        if state is not None:
+            self._resume(state)
+            return
+        self._start = self._peak = rates.get()
+        check_bounds(rates, min_lr, max_lr)
+        self._own_peak = rates.own()  # Not of a base that others set.
+        # Information at the last reading, but for those within the first epoch; at the
+        # last of all; at the best; and when a rate was last raised.
+        self._previous = self._latest = self._best = self._at_raise = None
+        # Of readings but for those within the first epoch: how many there were, and how
+        # many were due. The one at the start makes them 0.
+        self._step = self._due = -1
+        self._due_before = 0  # How many readings were due before this epoch.
+        self._rollbacks = self._restarts = 0
+        self._before = None  # The rates before a raise, until it is judged.
+        self._highest = None  # Bounds after a restart, below what has failed.
+        self._other = None  # The rates to go back to from a second start.
+
+    def _resume(self, state):
+        for name in _ARRAYS:
+            setattr(self, f"_{name}", self._array(name, state[name]))
+        for name in _MAYBE:
+            known = state[name] is not None
+            value = self._array(name, state[name]) if known else None
+            setattr(self, f"_{name}", value)
+        for name in _COUNTS:
+            setattr(self, f"_{name}", operator.index(state[name]))
+        self._due_before = self._due
+        if state["glide"] is not None:
+            start, end = (self._array("glide", rates) for rates in state["glide"])
+            at = self.rates.own()  # Somewhere on the way, in the midst of an epoch.
+            if np.all((at >= end) & (at <= start)):
+                self._glide = start, end, at
 
     def begin_epoch(self):
         """Notes that an epoch begins, which a resumed training may begin again."""
         self._due_before = self._due
 
     def state(self, within=False) -> dict:
-        """What a policy is told, as far as it cannot be measured again.
+        """What must be kept for a training to go on: what cannot be measured again.
 
         Args:
-            within: Whether this epoch begins again where the training goes on, with all
-                its readings. Defaults to `False`.
+            within: Whether the training will go on from the beginning of this epoch,
+                whose readings are then due once more. Defaults to `False`: from its
+                end.
         """
         names = (*_ARRAYS, *_COUNTS, *_MAYBE)
         state = {name: getattr(self, f"_{name}") for name in names}
@@ -101,9 +115,9 @@ class Controller:
         left = None if self._steps is None else max(self._steps - state["due"], 0)
         return state | {"glide": self._glide and self._glide[:2], "left": left}
 
-    def _numbers(self, state, name):
-        """An array of a state that may be forged."""
-        value, shape = np.array(state[name], "float64"), self.rates.get().shape
+    def _array(self, name, value):
+        """An array out of a state, which may be forged; TypeError for a bad one."""
+        value, shape = np.array(value, "float64"), self.rates.get().shape
         if value.shape != shape or not np.all(np.isfinite(value)):
             raise TypeError(f"no finite numbers of shape {shape}: {name!r}")
         return value
@@ -117,9 +131,10 @@ class Controller:
         return self.explores() and self._before is not None
 
     def is_at_start(self, reading) -> bool:
-        """Whether no rate, or none before a raise, is above that of the start.
+        """Whether the rates are those of the start, which may be too high, or below.
 
-        One that a range test found has shown to serve, and does not count.
+        After a raise, the rates before it are meant. False where a range test found the
+        start: it has shown that it serves.
         """
         if self._searched:
             return False
@@ -127,16 +142,18 @@ class Controller:
         return bool(np.all(before <= self._start))
 
     def read(self, infos, passed: float | None = None, apart: int = 1) -> Reading:
-        """The reading that a policy is handed.
+        """Takes up what was read, and makes of it the reading that a policy is handed.
 
-        The first call is from before the training.
+        The first call is with what was read before the training.
 
         Args:
             infos: An `Information` for each rate.
-            passed: Share of the epoch that has passed, for a reading within the first
-                one. Defaults to `None`, for all others.
-            apart: How many of these others were due since the last one, with this.
-                Those to come are expected as far apart. Defaults to `1`.
+            passed: For an early reading within the first epoch, the share of it that
+                has passed. Such readings are not counted. Defaults to `None`, for all
+                others.
+            apart: How many readings have come due since the last one that was taken,
+                this one included: more than 1 where some had nothing to read. Those to
+                come are expected as far apart. Defaults to `1`.
         """
         if passed is None:
             self._step, self._due = self._step + 1, self._due + apart
@@ -178,13 +195,18 @@ class Controller:
         return reading
 
     def _planned(self, apart):
+        """The number that the last reading will have; None where it is not known."""
         if self._steps is None:
             return None
         left = max(self._steps - self._due, 0)
         return self._step + (max(left // apart, 1) if left > 0 else 0)
 
     def decide(self, reading) -> np.ndarray:
-        """The policy's rates, within the bounds; ValueError for a bad answer."""
+        """The rates that the policy answers, within the bounds. Sets nothing.
+
+        Raises:
+            ValueError: for an answer that is no rates.
+        """
         result = self._policy(reading)
         try:
             rates = np.asarray(result)
@@ -204,10 +226,11 @@ class Controller:
         return self._clipped(rates)
 
     def act(self, reading) -> np.ndarray | None:
-        """Sets the rates that the policy decides on; None where nothing changes.
+        """Sets the rates that the policy decides on, and returns them.
 
-        Of a policy that glides, lower rates are those of the next reading. Until
-        `glide` tells how far that is, they are half-way.
+        None where nothing changes. Where the policy glides, a lower rate is the one to
+        be reached at the next reading: it is set half-way there, and `glide` takes it
+        on from the next batch. Higher rates are set at once.
         """
         rates = self.decide(reading)
         new, old = rates.astype("float32"), reading.rate.astype("float32")
@@ -232,11 +255,11 @@ class Controller:
         """Moves rates on their way to those of the next reading.
 
         Args:
-            share: How much of the way shall be behind them.
+            share: How much of the way shall be behind them, from 0 to 1.
 
         Returns:
-            Whether they are on their way. Where somebody else has set them they are
-            not any more.
+            Whether they were moved. Where somebody else has set a rate since, they stay
+            as they are until the next reading.
         """
         if self._glide is None:
             return False
@@ -258,15 +281,22 @@ class Controller:
             self.rates.set_own(np.maximum(self.rates.own(), self._own_peak))
 
     def roll_back(self, infos, reading, way: Way) -> np.ndarray:
-        """Lowers the rates after a training that failed, and sets them.
+        """Lowers the rates after a training has failed, sets them and returns them.
 
-        Rates before a raise, which is undone, come back as they were, but at a half
-        where they had not been raised before: a start has not shown to serve, and may
-        be close below what fails. After a restart nothing above a tenth of what failed
-        is tried, and it starts low enough to be raised.
+        - `Way.CUT`: 0.3 of the rates; after a raise, of those before it.
+        - `Way.UNDO`: the rates before the raise; but half of a rate that was never
+          raised before, since that of the start has not shown to serve, and may be
+          close below one that fails.
+        - `Way.RESTART`: 0.03 of the rates, from which they may be raised again, but
+          from now on to a tenth of what has failed at most.
+        - `Way.SECOND`: 0.3 of the rates, as of `CUT`. Half of them is kept for `FIRST`.
+        - `Way.FIRST`: what `SECOND` has kept.
+
+        What is remembered of rates and information begins anew with the weights that
+        the model was set back to.
 
         Args:
-            infos: What was read of the weights that the model was set back to.
+            infos: What was read of these weights, an `Information` for each rate.
             reading: The reading of the failure.
             way: How the training goes on.
         """
@@ -300,6 +330,7 @@ class Controller:
         return rates
 
     def _clipped(self, rates):
+        """The rates within the bounds."""
         low, high = self._bounds
         # Where somebody else has set a rate below the bound, it may stay there.
         low = np.minimum(low, self.rates.get())
@@ -323,16 +354,22 @@ class Controller:
         return float(reference)
 
 
-def check_bounds(source, min_lr, max_lr):
-    """Refuses a start of `rates` outside of the bounds, with a ValueError."""
-    rates = source.get()
+def check_bounds(rates, min_lr, max_lr):
+    """Refuses rates outside of the bounds at the start, with a ValueError.
+
+    Args:
+        rates: A `rates.NetworkRate` or `rates.LayerRates`.
+        min_lr: Lower bound.
+        max_lr: Upper bound, or None.
+    """
+    start = rates.get()
     # The base of layers may begin at 0, and some of them far below all others.
-    low = np.float32(min_lr if source.names is None else 0)
+    low = np.float32(min_lr if rates.names is None else 0)
     high = np.float32(np.inf if max_lr is None else max_lr)
-    outside = (rates < low) | (rates > high)
+    outside = (start < low) | (start > high)
     if np.any(outside):
         raise ValueError(
             "The learning rate at the start must lie between `min_lr` and `max_lr`. "
-            f"Received: learning rate {rates[np.argmax(outside)]}, min_lr={min_lr}, "
+            f"Received: learning rate {start[np.argmax(outside)]}, min_lr={min_lr}, "
             f"max_lr={max_lr}"
         )
