@@ -5,20 +5,21 @@ whatever it must know is in there. All arithmetic is elementwise, so the same co
 one rate for a network or an array of rates for its layers. Only the last step looks
 across layers: it keeps the ratio between their rates within `max_ratio`.
 
-A policy that raises rates to see what comes of it has an attribute `undoes_raises`
-that is true. Where the information falls after a raise, and the cross-entropy rises
-with it, `MutualInformationLR(rollback=True)` then goes back to the weights before; see
-`keras_milr.rollback.fell`. So it does where much of it stays lost; and where that
-happens to the rate of the start, a lower one is tried from there. `ReferenceLevel`
-and `ThresholdDecay` are such policies.
+Attributes of a policy say what else it needs. A policy without them has none of these:
 
-One whose attribute `early_readings` is above 0 is shown as many readings within the
-first epoch, of a probe: a rate that is far too low is then raised before the epoch is
-lost. One whose attribute `glides` is true says with a rate below the present one where
-the rate shall be at the next reading: it gets there step by step, instead of at once.
-One whose attribute `anneals` is true brings the rate down by the end of the training.
-In a training of few epochs it is shown readings within each of them so that it can; and
-afterwards the rate is set back to the highest, for a `fit` to come.
+- `undoes_raises`: true for a policy that raises rates to see what comes of it, as
+  `ReferenceLevel` and `ThresholdDecay` do. Where the information falls after a raise,
+  and the cross-entropy rises with it, `MutualInformationLR(rollback=True)` then goes
+  back to the weights from before; see `keras_milr.rollback.fell`. It goes back as well
+  where much of the information stays lost for some readings. Where that happens at the
+  rate of the start, a lower one is tried from the start.
+- `early_readings`: a number of readings within the first epoch, which are taken where
+  there is a probe. So a rate that is far too low is raised before the epoch is lost.
+- `glides`: true for a policy whose answer, where it is below the present rate, is the
+  rate to be reached at the next reading. It is reached step by step, not at once.
+- `anneals`: true for a policy that brings the rate down by the end of the training. In
+  a training of few epochs it is shown readings within each of them, so that it can.
+  Afterwards the rate is set back to the highest, for a `fit` to come.
 
 The papers by Vasudevan (2018, 2020) recommend no policy. They name two approaches,
 tracking the relative change in mutual information, and additionally its value
@@ -41,8 +42,8 @@ class Reading(NamedTuple):
 
     Attributes:
         rate: The present learning rates.
-        start_rate: The rates at the start of the training, the last one: see
-            `restarts`.
+        start_rate: The rates at the start of the training, or at the last restart:
+            see `restarts`.
         peak_rate: The highest rates so far.
         information: The accessible information now, nats.
         previous: The same an epoch (or `update_freq` batches) ago; within the first
@@ -61,8 +62,8 @@ class Reading(NamedTuple):
         bound: H(Y) − CE, the part of the information that the probabilities say, at
             least 0, nats; NaN where the outputs are not probabilities, and of hidden
             layers read otherwise. `None` counts as NaN.
-        searched: Whether a range test found the start rates, so that none far above
-            them learns better. Defaults to `False`.
+        searched: Whether a range test found the start rates. Rates far above them then
+            learn no better. Defaults to `False`.
         attainable: How much of H(Y) there seems to be to learn, where labels are noisy,
             nats; see `readouts.Information`. NaN where it is not known. `None` counts
             as NaN.
@@ -94,6 +95,7 @@ Policy = Callable[[Reading], np.ndarray]
 
 _UNKNOWN = ("bound", "attainable")  # Fields of a reading that may be NaN.
 _INFORMATION = ("information", "previous", "best", "at_raise")  # May be below 0.
+_ARRAYS = (*Reading._fields[:8], *_UNKNOWN, "at_raise")
 _TINY = np.finfo("float32").tiny  # In float32 rates are set.
 _SOON = 0.2  # Share of the missing information, in a part of the first epoch.
 _SURE = 10  # Standard errors, where there are no probabilities.
@@ -219,22 +221,26 @@ class _MissingShare(_Configured):
         return np.maximum(reading.rate * factor, lowest)
 
     def _grown(self, rate, reading: Reading, gain, threshold) -> np.ndarray:
-        """`rate`, or more where the rate is far too low: see `ReferenceLevel`, 2."""
+        """`rate`, or more where it is far too low: see *Grow* of `ReferenceLevel`.
+
+        Args:
+            rate: What the rate would be otherwise.
+            reading: The reading.
+            gain: Share of the missing information gained since the previous reading.
+            threshold: Share that must be gained for the rate to be doubled.
+        """
         early = reading.information < 0.5 * reading.reference
         # The counts of a network that knows nothing are blind to names: often high.
         known = np.fmin(reading.information, reading.bound)
         # Without a bound, as of numbers in bins, a tenth is much: H(bins), which only a
         # perfect prediction reaches, is 8 times what one with R² = .5 says.
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
-        # Of what there is to know, and not of what is noise.
+        # What there is to know, without what is noise.
         there = np.fmin(reading.reference, reading.attainable)
-        little = known < share * there
-        # At a rate that is about right half is known after a quarter of an epoch.
-        soon = known < share * reading.reference
-        soon |= reading.information < 0.5 * there
         # Nothing far above a rate that a range test found learns better, nor above one
         # that was taken because a higher one failed.
-        little &= not (reading.searched or reading.restarts > 0)
+        too_low = not (reading.searched or reading.restarts > 0)
+        little = (known < share * there) & too_low
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == reading.restarts)
@@ -243,7 +249,10 @@ class _MissingShare(_Configured):
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):
-            may_grow &= soon | (reading.rate > reading.start_rate)
+            # At a rate that is about right half is known after a quarter of an epoch.
+            behind = known < share * reading.reference
+            behind |= reading.information < 0.5 * there
+            may_grow &= behind | (reading.rate > reading.start_rate)
             threshold = max(threshold, _SOON)
         # A gain over an epoch may hide a loss since its quarters.
         learns = (gain > threshold) & (
@@ -278,22 +287,27 @@ class ReferenceLevel(_MissingShare):
 
     1. *Hold.* If missing < hold × reference, or missing < noise, nothing measurable is
        missing: the rate stays.
-    2. *Grow.* In the first `grow_steps` readings, and at each quarter of the first
-       epoch, while the rate was never lowered and less than `grow_below` of the
-       reference is reached: rate × 2 if g > share (0.2, if that is more, within the
-       first epoch), also since the last raise, by ten standard errors where there are
-       no probabilities, and no reading was better; else, unless a range test found the
-       start or a far higher one failed, rate × 3 while H(Y) − CE is less than a
-       quarter of what seems `attainable` (the information less than a tenth, where
-       there are no probabilities), also if the information falls, since counts go to
-       and fro then; else the rate stays while less than half is reached, be it a low
-       rate or noise in the labels that it comes from. This mends a start that is far
-       too low. Within the first epoch it begins only while less than half is reached of
-       what seems attainable, or H(Y) − CE is less than a quarter of the reference. A
-       raise that costs information is undone.
-    3. Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept while a
-       reading gains at least `share` of what was missing, cut as the gain shrinks, but
-       never below `floor` times the highest rate so far.
+    2. *Grow.* This mends a start that is far too low. It is looked at in the first
+       `grow_steps` readings, and at each quarter of the first epoch, while the rate was
+       never lowered and I is less than `grow_below` of the reference.
+
+       - Much is gained: rate × 2. That is g > share (0.2, if that is more, within the
+         first epoch), both since the previous reading and since the last raise, with I
+         the best so far. Where there are no probabilities, the gain must also be ten
+         standard errors.
+       - Else, little is known: rate × 3. That is H(Y) − CE less than a quarter of what
+         seems `attainable` or, where there are no probabilities, I less than a tenth
+         of it. It holds also if the information falls, since counts go to and fro
+         then; but not where a range test found the start, nor after a restart.
+       - Else the rate stays while I is less than half of the reference, be it a low
+         rate or noise in the labels that it comes from.
+
+       Within the first epoch the rate is not raised for the first time once half is
+       reached of what seems attainable, unless H(Y) − CE is less than a quarter of the
+       reference. A raise that costs information is undone.
+    3. *Decay.* Else, once an epoch has ended, rate × clip(g / share, cut, 1): kept
+       while a reading gains at least `share` of what was missing, cut as the gain
+       shrinks, but never below `floor` times the highest rate so far.
 
     A change within the noise is no change (g = 0). The formula is our own, of the
     second kind in Vasudevan (2018).
@@ -358,22 +372,12 @@ class ThresholdDecay(_MissingShare):
     With the information I of this reading and I' of the previous one, all nats, and g
     and `missing` as of `ReferenceLevel`:
 
-    1. *Explore.* While the rate was never lowered, more than `tail` of the planned
-       readings remain, and g >= threshold, or nothing measurable is missing: the rate
-       stays. In the first `grow_steps` readings, and at each quarter of the first
-       epoch, while less than `grow_below` of the reference is reached, it rises: × 2 if
-       g > threshold (0.2, if that is more, within the first epoch), also since the
-       last raise, by ten standard errors where there are no probabilities, and no
-       reading was better; else, unless a range test found the start or a far
-       higher one failed, × 3 while H(Y) − CE is less than a quarter of what seems
-       `attainable` (the information less than a tenth, where there are no
-       probabilities), also if the information falls, since counts go to and fro then;
-       else it stays while less than half is reached, be it a low rate or noise in the
-       labels that it comes from. Within the first epoch it begins only while less than
-       half is reached of what seems attainable, or H(Y) − CE is less than a quarter of
-       the reference. A raise that costs information is undone.
-    2. *Decay.* From the first reading after an epoch that gains less, or with `tail` of
-       the readings left, at the latest with one:
+    1. *Explore.* The rate stays while it was never lowered, more than `tail` of the
+       planned readings remain, and g >= threshold or nothing measurable is missing. It
+       is raised as `ReferenceLevel` raises it, see *Grow* there, with the threshold in
+       place of the share.
+    2. *Decay.* From the first reading at the end of an epoch that gains less, or once
+       less than `tail` of the readings are left, or only one:
 
            rate ← rate × ((left − 1) / left) ^ power
            power = 1 + sharpness × missing / reference
@@ -389,8 +393,9 @@ class ThresholdDecay(_MissingShare):
     Where the number of readings is not known, 2. is that of `ReferenceLevel`: rate ×
     clip(g / threshold, cut, 1), and the rate stays where nothing measurable is missing.
 
-    A policy of one's own that calls this one must have `glides = True` too, else its
-    rates are those of the end of each step from its beginning on, and `anneals = True`.
+    A policy of one's own that calls this one must have `glides = True` and
+    `anneals = True` too. Without the first, each rate would be that of the next reading
+    at once.
 
     A change within the noise is no change (g = 0). The formula is our own. That
     information decides when and between which bounds a rate decays is the idea of
@@ -399,8 +404,8 @@ class ThresholdDecay(_MissingShare):
     Args:
         threshold: Share of the missing information that a reading must gain for the
             exploration to go on. Larger values decay sooner. Defaults to `0.05`.
-        tail: Share of the planned readings in which the rate decays in any case, from
-            the last but one on at the latest. Defaults to `0.4`.
+        tail: Share of the planned readings, the last ones, in which the rate decays in
+            any case; so it does from the last reading but one on. Defaults to `0.4`.
         sharpness: How much steeper the decay is the more information is missing; 0 for
             a straight line to zero. Defaults to `2`.
         cut: Smallest factor by which one reading may lower the rate, where the number
@@ -538,36 +543,42 @@ def _checked(reading: Reading) -> Reading:
                 )
     check_bool("reading.searched", reading.searched)
     arrays = {}
-    for name in (*Reading._fields[:8], *_UNKNOWN, "at_raise"):
+    for name in _ARRAYS:
         value = getattr(reading, name)
-        if name in _UNKNOWN and value is None:
+        if value is None and name in _UNKNOWN:
             value = np.full(arrays["rate"].shape, np.nan)
-        elif name == "at_raise" and value is None:
+        elif value is None and name == "at_raise":
             value = arrays["previous"]
-        try:
-            array = np.asarray(value)
-        except ValueError:  # A ragged list.
-            array = np.array(None)
-        shape = array.shape if not arrays else arrays["rate"].shape
-        if array.dtype.kind not in "iuf" or array.shape != shape or array.ndim != 1:
-            raise ValueError(
-                f"Argument `reading.{name}` must be an array of real numbers, one for "
-                f"each rate. Received: {getattr(reading, name)!r}"
-            )
-        with np.errstate(over="ignore"):
-            single = array.astype("float32")
-        least = -np.inf if name in _INFORMATION else 0.0
-        bad = ~np.isfinite(single) | (single < least)
-        if name in _UNKNOWN:
-            bad &= ~np.isnan(single)
-        bad |= (single == 0) & (name == "reference")
-        if np.any(bad):
-            raise ValueError(
-                f"Argument `reading.{name}` must have finite numbers, and none below "
-                f"0, a reference above it. Received: {array}"
-            )
-        arrays[name] = array.astype("float64")
+        shape = arrays["rate"].shape if arrays else None
+        arrays[name] = _checked_array(name, value, shape)
     return reading._replace(**arrays)
+
+
+def _checked_array(name, value, shape) -> np.ndarray:
+    """A field of a reading, of the shape of `rate`, which is None for `rate` itself."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # A ragged list.
+        array = np.array(None)
+    shape = array.shape if shape is None else shape  # The first of them.
+    if array.dtype.kind not in "iuf" or array.shape != shape or array.ndim != 1:
+        raise ValueError(
+            f"Argument `reading.{name}` must be an array of real numbers, one for "
+            f"each rate. Received: {value!r}"
+        )
+    with np.errstate(over="ignore"):
+        single = array.astype("float32")
+    least = -np.inf if name in _INFORMATION else 0.0
+    bad = ~np.isfinite(single) | (single < least)
+    if name in _UNKNOWN:
+        bad &= ~np.isnan(single)
+    bad |= (single == 0) & (name == "reference")
+    if np.any(bad):
+        raise ValueError(
+            f"Argument `reading.{name}` must have finite numbers, and none below "
+            f"0, a reference above it. Received: {array}"
+        )
+    return array.astype("float64")
 
 
 def _change(reading: Reading, before) -> np.ndarray:
