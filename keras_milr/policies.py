@@ -295,12 +295,12 @@ class ReferenceLevel(_MissingShare):
          first epoch), both since the previous reading and since the last raise, with I
          the best so far. Where there are no probabilities, the gain must also be ten
          standard errors.
-       - Else, little is known: rate × 3. That is H(Y) − CE less than a quarter of what
-         seems `attainable` or, where there are no probabilities, I less than a tenth
-         of it. It holds also if the information falls, since counts go to and fro
-         then; but not where a range test found the start, nor after a restart.
-       - Else the rate stays while I is less than half of the reference, be it a low
-         rate or noise in the labels that it comes from.
+       - Else, I is less than half of the reference: the rate is not lowered, be it a
+         low rate or noise in the labels that this comes from. And where little is
+         known, rate × 3. That is H(Y) − CE less than a quarter of what seems
+         `attainable` or, where there are no probabilities, I less than a tenth of it.
+         It holds also if the information falls, since counts go to and fro then; but
+         not where a range test found the start, nor after a restart.
 
        Within the first epoch the rate is not raised for the first time once half is
        reached of what seems attainable, unless H(Y) − CE is less than a quarter of the
