@@ -11,32 +11,46 @@ from keras_milr.readouts import Information
 from keras_milr.untouched import assign
 
 MOST = 10  # roll backs of one training
-_NEGLIGIBLE = 0.02  # share of H(Y)
-_SAME = 1e-6  # outputs that differ by less are the same
-_LITTLE = 0.1  # share of H(Y)
-_LASTS = 3  # readings in a row
-# Of what a resumed training must know: weights and what was read of them, numbers.
+_NEGLIGIBLE = 0.02  # Share of H(Y) that may be lost without a word.
+_LITTLE = 0.1  # Share of H(Y) whose loss is a failure if it lasts.
+_LASTS = 3  # Readings in a row: so long.
+_SAME = 1e-6  # Outputs that differ by less are the same.
+# What a resumed training must know: weights with what was read of them, and numbers.
 _KEPT = ("good", "start", "other")
 _NUMBERS = ("low", "learned", "start_step", "good_step", "tried", "other_age")
 
 
 class Way(enum.Enum):
-    """What happens to the rates when weights are set back; see `Controller`."""
+    """How a training goes on after a failure: from which weights, at what rates.
 
-    CUT = "lowered, after a failure"
-    RESTART = "far lower, from the start, after a failure in which little was learned"
-    UNDO = "as before a raise"
-    SECOND = "lower, from the start, whose rate seems too high"
-    FIRST = "as before a second start, which knows less"
+    How much lower the rates are, `Controller.roll_back` says.
+    """
+
+    CUT = "from the last good weights, lower"
+    RESTART = "from the start, far lower, since little was learned"
+    UNDO = "from the last good weights, at the rates before a raise"
+    SECOND = "a second start: from the start, lower, since its rate seems too high"
+    FIRST = "from where the first start had come to, since the second one knows less"
 
 
 class Rollback:
     """Keeps the weights of the last good reading, and says when to go back to them.
 
-    Two copies of the weights, of the buffers of PyTorch's modules and of the
-    optimizer's state are held in the host's memory: those of the start, for two
-    readings and until half is known of what seems attainable, and those of the last
-    good reading; of a first start a third one, while a second one is tried.
+    A reading is good whose information is not below the best so far by more than noise.
+    `judge` compares each with the best and with the first one, and keeps its weights or
+    says what has failed; `restore` then sets the weights back. What it goes back to:
+
+    - *the last good reading*, in most cases;
+    - *the start*, where little was learned. It is kept for two readings, and until half
+      is known of what seems attainable;
+    - *a second start*: where a policy raises rates, and a failure points to a rate of
+      the start that is too high, a lower one is tried from the start, as long as the
+      first one took. Meanwhile the first one's last good weights are kept. If the
+      second then knows less, the training goes on from these.
+
+    So there are two copies, and three while a second start is tried. Each has the
+    weights, the buffers of PyTorch's modules and the optimizer's state, as NumPy arrays
+    in the host's memory.
 
     Args:
         model: A compiled, built `keras.Model`.
@@ -46,22 +60,26 @@ class Rollback:
 
     def __init__(self, model, even: float = 0.0):
         self._model, self._even = model, even
-        self._first = self._best = None  # `Information` at the output.
-        # What was read, and the weights it was read of.
+        # `Information` at the output: at the start, and of the best reading since.
+        self._first = self._best = None
+        # Pairs of what was read, an `Information` for each rate, and the weights that
+        # it was read of: at the start, while it is kept, and at the last good reading.
         self._start = self._good = None
         self._now = None  # What was read of the present weights.
-        self._undo = False  # Whether all that failed was a raise of the rate.
-        self._again = False  # Whether a lower rate may do better from the start.
-        self._low = 0  # Readings in a row that were far below the best.
         self._learned = False  # Whether the cross-entropy was ever below H(Y).
+        self._low = 0  # Readings in a row that were far below the best.
+        # Of the failure that `judge` has found: whether it is a raise that has cost
+        # information, and whether a second start may do better.
+        self._undo = self._again = False
         self._step = 0.0  # Number of the present reading,
         self._good_step = 0.0  # of the last good one,
         self._start_step = 0.0  # and of that at which the training started, or again.
-        self._tried = False  # Whether there was a second start that did not do better.
-        self._other = None  # Of the first start while a second one is tried: as
-        self._other_best = None  # `_good`, as `_best`,
-        self._other_age = 0.0  # and in how many readings it came there.
-        self.count = 0
+        # While a second start is tried, what is kept of the first one: its `_good`, its
+        # `_best`, and the number of readings that these took it.
+        self._other = self._other_best = None
+        self._other_age = 0.0
+        self._tried = False  # Whether there was a second start; if so, no further one.
+        self.count = 0  # How often the training was rolled back.
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
@@ -76,20 +94,23 @@ class Rollback:
         raised=False,
         at_start=False,
     ) -> str | None:
-        """What is wrong with the training, in words; else keeps the present weights.
+        """Judges a reading. Its weights are kept where nothing has failed.
 
         Args:
             output: `Information` at the output.
             infos: `Information` for each rate.
             loss: The training loss.
-            step: Number of the reading, as a policy is told.
+            step: Number of the reading, as in `policies.Reading`.
             steps: Number of readings planned, or None where it is not known.
             explores: Whether the policy is one that raises rates to see what comes.
-            raised: Whether it was trained at a rate that was raised for that.
-            at_start: Whether the rate, or that before the raise, is that of the start,
-                which nothing speaks for.
-                That may be far too high, and what it has done to the weights stays. So
-                a lower one is given as long, from the start.
+            raised: Whether the last reading made it raise one.
+            at_start: Whether the rate, or the one before that raise, is still that of
+                the start. Nothing has shown that this one is not too high; if it is,
+                no lower rate mends what it has done to the weights. So after some
+                failures a second start is made at a lower one.
+
+        Returns:
+            What has failed, in words, or None.
         """
         values = self._values()
         self._step = step
@@ -103,7 +124,14 @@ class Rollback:
         return failure
 
     def _fails(self, output, explores, raised, again):
-        """What has been lost, in words; else None."""
+        """What has been lost, in words; else None. Sets `_undo` and `_again`.
+
+        Args:
+            output: `Information` at the output.
+            explores: See `judge`; so is `raised`.
+            raised: Whether the last reading made the policy raise a rate.
+            again: Whether a second start may be made.
+        """
         failure = collapse(output, self._best, self._first, self._even, self._learned)
         if failure is not None:
             # What little was learned otherwise is given up anyway.
@@ -151,6 +179,7 @@ class Rollback:
                 self._start = None
 
     def _not_finite(self, values, loss):
+        """What is not finite, in words; else None."""
         trained = {id(v) for v in self._model.trainable_variables}
         weights, slots = self._model.weights, self._model.optimizer.variables
         of_model = zip(weights, values, strict=False)  # The optimizer's come after.
@@ -168,8 +197,9 @@ class Rollback:
     def _stays_low(self, output):
         """What has been lost for some readings in a row, in words; else None.
 
-        Once, that is how a high rate may swing. It lasts where the rate has done
-        damage, such as units that are zero for every sample, which no lower rate mends.
+        In a single reading much may be missing, as the weights swing at a high rate. It
+        stays missing where the rate has done damage that no lower rate mends, such as
+        units that are zero for every sample.
         """
         self._low = self._low + 1 if is_below(output, self._best, _LITTLE) else 0
         if self._low < _LASTS:
@@ -180,12 +210,16 @@ class Rollback:
         )
 
     def _knows_less(self, output):
-        """What a second start lacks once it is as old as the first was; else None."""
+        """What a second start lacks, once it is as old as the first was; else None.
+
+        Where it lacks nothing, the first one is given up.
+        """
         if self._step - self._start_step < 0.9 * self._other_age:
             return None
         known = self._other_best.accessible
         if output.accessible >= known - _margin(output, _NEGLIGIBLE):
-            # Of about as much, the lower rate is farther from one that fails.
+            # Where both know about as much, the lower rate is farther from one that
+            # fails.
             self._other = self._other_best = None
             self._tried = False  # It may be too high as well.
             return None
@@ -195,9 +229,10 @@ class Rollback:
         )
 
     def _may_start_again(self, steps):
-        """Whether a second start is about as old as the first by the next reading.
+        """Whether a second start could be judged, and leaves time for a training.
 
-        And whether most of the training is left then.
+        It is judged by a reading at about the age that the first one had at its last
+        good reading. By then a third of what is left has passed at most.
         """
         if self._tried or self._start is None or steps is None:
             return False
@@ -207,11 +242,11 @@ class Rollback:
         return alike and steps - self._step >= 3 * age
 
     def restore(self):
-        """Sets weights and optimizer back to the last good reading, or to the start.
+        """Sets weights and optimizer back, after `judge` has found a failure.
 
         Returns:
-            What was read of these weights, an `Information` for each rate; a `Way`; and
-            where these weights are from, in words.
+            What was read of these weights, an `Information` for each rate; the `Way`
+            in which the training goes on; and where the weights are from, in words.
 
         Raises:
             ValueError: where nothing has been kept.
@@ -248,7 +283,10 @@ class Rollback:
         return infos, way, place
 
     def state(self) -> tuple[dict, dict]:
-        """What to resume with: a dict for JSON, and the values that are kept."""
+        """What to resume with: a dict for JSON, and the kept weights by their names.
+
+        Both are of this moment, and do not change afterwards.
+        """
         kept = {name: getattr(self, f"_{name}") for name in _KEPT}
         state = {name: getattr(self, f"_{name}") for name in _NUMBERS} | {
             "count": self.count,
@@ -262,9 +300,12 @@ class Rollback:
         return state, {name: pair[1] for name, pair in kept.items() if pair}
 
     def changed(self, kept: dict) -> dict:
-        """Of lists of values, as of `state`, the arrays that differ from the present.
+        """The arrays among kept weights that differ from the present ones, by name.
 
-        These are few: the last good weights are mostly the present ones.
+        These are few, since the last good weights are mostly the present ones.
+
+        Args:
+            kept: Lists of weights by their names, as of `state`.
         """
         now = self._values()
         return {
@@ -306,12 +347,14 @@ class Rollback:
         self._good, self._start, self._other = (kept[name] for name in _KEPT)
 
     def _half_is_known(self):
+        """Whether half of what seems attainable is known, or was before."""
         there = self._best.entropy
         if self._learned:  # Of a network that says the same of all, little seems to be.
             there = np.fmin(there, self._best.attainable)
         return self._start is None or self._best.accessible >= 0.5 * there
 
     def _variables(self):
+        """All that is kept: the model's, the optimizer's, and what layers hide."""
         model = self._model
         of_layers = [*backend.buffers(model), *_keras.states(model)]
         return [*model.weights, *model.optimizer.variables, *of_layers]
@@ -326,6 +369,7 @@ def _are_finite(values):
 
 
 def _replaced(present, arrays, name):
+    """Kept weights of that name: the present ones, but for `arrays` of `changed`."""
     values = [arrays.get(f"{name}_{i}", value) for i, value in enumerate(present)]
     for value, other in zip(values, present, strict=True):
         if value.shape != other.shape:
@@ -337,23 +381,29 @@ def _replaced(present, arrays, name):
 
 
 def collapse(now, best, first, even: float = 0.0, learned=False) -> str | None:
-    """Why a training has collapsed, judged by readings of its output; else None.
+    """Why a training has collapsed, in words, judged by readings of its output.
 
-    The yardstick is a predictor that says the same of every sample, whose cross-entropy
-    is H(Y) at best. To have less information than before is no collapse: a network
-    that was wrong about every sample unlearns that first, and one with a dominant class
-    predicts nothing else for long. Where class weights or another sampling than the
-    probe's train for other shares of the classes, its cross-entropy on the probe rises
-    above H(Y), up to that of the guess that all classes are equal, while it learns. And
-    on samples that are held out, that of a network that has learned may rise far above
-    all of these: it is over-fitted, and knows what it knew.
+    None where it has not. A training has collapsed whose output does not depend on the
+    input any more, or is the same for nearly all samples; or whose output is worse than
+    a predictor that says the same of every sample. The cross-entropy of the best of
+    these is H(Y). That the information is less than before does not suffice:
+
+    - A network that was wrong about every sample unlearns that first. With a dominant
+      class, a network predicts nothing else for long.
+    - Class weights, or batches that are drawn otherwise than the probe, train for other
+      shares of the classes than the probe has. While the network learns, its
+      cross-entropy on the probe then rises above H(Y), up to that of the guess that all
+      classes have equal shares.
+    - On samples that are held out, the cross-entropy of a network that has learned may
+      rise far above all of these. It is over-fitted, and knows what it knew.
 
     Args:
         now: `Information` of the present reading.
         best: That of the reading with the most information so far.
         first: That of the reading before training.
-        even: H(Y) of classes of equal shares, in nats, where it is known.
-        learned: Whether the cross-entropy of a reading before was below H(Y).
+        even: What H(Y) would be with classes of equal shares, in nats; 0 where it is
+            not known.
+        learned: Whether the cross-entropy of an earlier reading was below H(Y).
     """
     nats, unlearned = now.entropy, max(now.entropy, even)
     if now.variation <= _SAME < first.variation:
@@ -389,11 +439,11 @@ def collapse(now, best, first, even: float = 0.0, learned=False) -> str | None:
 
 
 def fell(now, best) -> str | None:
-    """What a raise of the rate has cost, in words; else None.
+    """What a raise of the rate has cost, in words; None where it has cost nothing.
 
-    Early in a training the counted information may fall while the network learns, so
-    the cross-entropy must have risen too; or, where there is none, half of the
-    information is lost.
+    Early in a training the counted information may fall while the network learns. So
+    the cross-entropy must have risen as well, or, where there is none, half of the
+    information must be lost.
 
     Args:
         now: `Information` at the output, after the raise.
@@ -412,9 +462,10 @@ def fell(now, best) -> str | None:
 
 
 def is_below(now, best, share) -> bool:
-    """Whether more than a share of H(Y) was lost, and than what noise explains.
+    """Whether more was lost than a share of H(Y), and more than noise explains.
 
-    Both by the information and by the cross-entropy, so never where there is none.
+    It must be lost both by the information and by the cross-entropy. Where there is no
+    cross-entropy, nothing is said to be lost.
 
     Args:
         now: `Information` at the output.
@@ -427,4 +478,5 @@ def is_below(now, best, share) -> bool:
 
 
 def _margin(now, share):
+    """Nats that may be lost: a share of H(Y), and what noise explains."""
     return max(share * now.entropy, 3 * now.noise)
