@@ -29,13 +29,7 @@ def plot_history(history):
         TypeError: for anything else than a callback or a History.
         ValueError: where nothing has been recorded.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "`plot_history` needs matplotlib: pip install 'keras-milr[plot]'"
-        ) from error
-
+    pyplot = _pyplot("plot_history")
     series = _series(history)
     layers = series.get("layers", [])
     many = len(layers) > _MOST_LINES
@@ -221,15 +215,19 @@ def _metrics(model):
     return [prefix + key for prefix in ("val_", "") for key in found]
 
 
-def plot_range(found):
-    """Draws a `keras_milr.LRRange`; see its `plot`."""
+def _pyplot(asking):
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "`LRRange.plot` needs matplotlib: pip install 'keras-milr[plot]'"
+            f"`{asking}` needs matplotlib: pip install 'keras-milr[plot]'"
         ) from error
+    return pyplot
 
+
+def plot_range(found):
+    """Draws a `keras_milr.LRRange`; see its `plot`."""
+    pyplot = _pyplot("LRRange.plot")
     figure, axes = pyplot.subplots(
         3, 1, sharex=True, figsize=(7, 7), height_ratios=(3, 2, 2), layout="constrained"
     )
