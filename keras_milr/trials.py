@@ -14,17 +14,27 @@ STEPS = 30  # of a candidate, at most, where the number is not given
 LEAST_STEPS = 2  # to judge a candidate by
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _LOWEST = 1e-7
-_NEGLIGIBLE = 0.01  # share of H(Y)
-_GUESS = 1.05  # of H(Y): the loss where about the shares of the classes are known
-_MUCH = 0.25  # share of H(Y), known although the loss does not say so
-_UNSURE = 1.5  # of H(Y): the loss of outputs that are not sure of anything
 COUNT = 7  # candidates of the search: the decades, and one on each side of the best
 _HALF_DECADE = 10**0.5
-_AS_GOOD = 1 / 3  # of what was gained may be missing
+# Shares of H(Y), of information:
+_NEGLIGIBLE = 0.01  # as much may be gained by chance;
+_MUCH = 0.25  # as much is known even if the loss does not say so.
+# Multiples of H(Y), of the loss:
+_GUESS = 1.05  # up to here, of outputs that know about the shares of the classes;
+_UNSURE = 1.5  # up to here, of outputs that are not sure of anything.
+_AS_GOOD = 1 / 3  # of what the best has gained may be missing where the loss is lower
 
 
 class Row(NamedTuple):
-    """A rate and what came of it."""
+    """A rate and what came of it.
+
+    Attributes:
+        rate: The learning rate, or 0 for the start.
+        info: `Information` after the training, None where numbers are not finite.
+        loss: Cross-entropy in nats, NaN where it is not known.
+        accuracy: Share of the labels that were predicted.
+        failed: Whether the training failed.
+    """
 
     rate: float
     info: Information | None
@@ -37,12 +47,20 @@ class Trial:
     """Trains at one rate after the other, each time from the start, and keeps the rows.
 
     Args:
-        model: A `keras.Model`, on loan.
-        layers: Layers whose rate is to be set, or None.
-        sample: What to judge on.
-        batches: What to train on: list of (x, y, sample_weight).
+        model: A `keras.Model`, lent by `untouched`.
+        layers: Layers whose rate is to be set, or None for that of the network.
+        sample: The `sampling.Sample` to judge on.
+        batches: What to train on at each rate: list of (x, y, sample_weight).
         restart: Function that sets the model back to the start.
         reseed: Function that sets the global generators back to the start.
+
+    Attributes:
+        length: Number of training steps at each rate.
+        taken: Number of training steps so far, of all rates.
+        rows: A `Row` for each rate so far, in ascending order.
+        own_rate: The optimizer's own rate; with layers the highest of theirs.
+        start: The `Row` before any training.
+        skewed: Whether classes are so rare that H(Y) is mostly of their shares.
     """
 
     def __init__(self, model, layers, sample, batches, restart, reseed):
@@ -74,7 +92,14 @@ class Trial:
         self._restart()
         self._reseed()
         self._rates.set(np.full(len(self._rates.get()), rate))
-        failed = False
+        row = self._read(rate) if self._stays_finite() else _not_finite(rate)
+        if row.info is not None:
+            row = row._replace(failed=self._collapsed(row))
+        self.rows = sorted([*self.rows, row], key=lambda row: row.rate)
+        return row
+
+    def _stays_finite(self):
+        """Trains on all batches, or until the loss is not finite."""
         for x, y, weight in self._batches:
             logs = self._model.train_on_batch(
                 x, y, sample_weight=weight, return_dict=True
@@ -82,32 +107,27 @@ class Trial:
             self.taken += 1
             # The logs of a custom step may have no loss; its outputs are still read.
             if not math.isfinite(logs.get("loss", 0.0)):
-                failed = True
-                break
-        if failed:
-            row = Row(rate, None, math.nan, math.nan, True)
-        else:
-            row = self._read(rate)
-            if row.info is not None:
-                row = row._replace(failed=self._collapsed(row))
-        self.rows = sorted([*self.rows, row], key=lambda row: row.rate)
-        return row
+                return False
+        return True
 
     def _read(self, rate):
         info, _ = self._probe.measure(by_batch=True)
         if not self._probe.finite:
-            return Row(rate, None, math.nan, math.nan, True)
+            return _not_finite(rate)
         return Row(rate, info, info.cross_entropy, self._probe.accuracy, False)
 
     def _collapsed(self, row):
-        """Whether most of what was known at a lower rate, or at the start, is lost.
+        """Whether a training has lost what was known at a lower rate, or at the start.
 
-        With the loss of a constant predictor, H(Y), or a higher one. Where something is
-        still known, or training had added nothing so far, or the loss was above H(Y)
-        before, the loss has to be worse than before too: predictions that become less
-        sure of what is wrong, or have yet to learn the shares of the classes, pass
-        through a state with less information on their way to learning. Where nothing
-        was known there is nothing to lose, and the loss has to be far beyond.
+        It has if less than half of that information is left, at a loss like that of a
+        constant predictor, H(Y), or higher. On their way to learning, predictions that
+        become less sure of what is wrong, or have yet to learn the shares of the
+        classes, pass through a state with less information. So the loss has to be worse
+        than before, too, where something is still known, or where training had added
+        nothing so far, or where the loss was above H(Y) before.
+
+        Where next to nothing was known there is nothing to lose: then the training has
+        collapsed if its loss is far above both H(Y) and that of the start.
         """
         lower = [r for r in self.rows if r.rate < row.rate and not r.failed]
         best = max([self.start, *lower], key=lambda r: r.info.accessible)
@@ -127,8 +147,12 @@ class Trial:
         return row.info.accessible < known / 2 and not row.loss < limit
 
 
+def _not_finite(rate):
+    return Row(rate, None, math.nan, math.nan, True)
+
+
 def affordable_steps(budget, candidates):
-    """Steps for each rate, so that all together keep to the budget."""
+    """Steps for each rate, so that all together take `budget` steps at most."""
     least = len(_DECADES) if candidates is None else len(candidates)
     if budget < least:
         raise ValueError(
@@ -147,9 +171,11 @@ def upward(trial, candidates):
 
 
 def search(trial, budget):
-    """Decades upward, on downward where the lowest is the best, then between them.
+    """Tries rates in decades, then half a decade below and above the best of them.
 
-    Ends when the next training might take more steps than `budget`.
+    The decades go upward until a training fails, and on downward while the lowest is
+    the best or has failed. The search ends when the next training might take more steps
+    in all than `budget`.
     """
 
     def affordable():
@@ -177,12 +203,13 @@ def trained(rows):
 
 
 def moved(trial):
-    """The rows that trained and know more than there was at the start.
+    """The rows that trained, and know more than there was at the start beyond noise.
 
-    Outputs that are worse than the shares of the classes may tell some apart, by
-    differences that are small and pass: that is nothing to judge a rate by unless it is
-    much, or the start was sure of what is wrong, which a few steps do not mend. Where
-    classes are rare it is nothing at all. Nor is what a single step brings.
+    They must not be there by chance. Outputs with a loss above H(Y), which do not even
+    know the shares of the classes, may tell some classes apart by differences that are
+    small and pass. Such a row counts only if it knows much, or if the start was sure of
+    what is wrong, which a few steps do not mend. Where classes are rare it never
+    counts. And after a single step no row does.
     """
     if trial.length < LEAST_STEPS:
         return []
@@ -224,7 +251,7 @@ def _loss_or_information(row):
 
 
 def margin(steps):
-    """How far below the rate that learned fastest the rate to use shall be.
+    """The factor by which the rate to use shall be below the one that learned fastest.
 
     What is fastest for a few steps is too fast for many: momentum has not built up yet,
     and too high a rate shows late. Half a decade at 30 steps, more with fewer.
