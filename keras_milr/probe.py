@@ -77,59 +77,23 @@ class Probe:
         fixed = outputs.fixed_batch_size(model, sample.x)
         self._batches = _equal_batches(sample, fixed)
         self._groups = list(groups)
-        rng, rows = np.random.default_rng(0), len(self._batches[0][1][0])
+        rng, self._rows = np.random.default_rng(0), len(self._batches[0][1][0])
         places = [math.prod(one.target.positions) for one in self._labels]
         places = places if self._groups else [1] * len(places)
-        chances = [rng.uniform(1e-6, 1.0, (rows, n)).astype("float32") for n in places]
-
-        def step(by_batch, groups, forward, state, x, class_ids, weights, chances):
-            normalised = contextlib.nullcontext()
-            if by_batch:
-                normalised = self._statistics.used(forward, x)
-            with normalised, layers.recorded(groups) as activations:
-                flat = keras.tree.flatten(forward(x))
-                recorded = activations(rows)
-            new, features, whole = [], [], None
-            for i, labels in enumerate(self._labels):
-                output, target = flat[labels.index], labels.target
-                weight = _masked(weights[i], output, target)
-                of_sample = keras.ops.sum(keras.ops.reshape(weight, (rows, -1)), axis=1)
-                flat_rows = _flattened(output, class_ids[i], weight, target)
-                new.append(
-                    {
-                        "read": self._readouts[i].update(state[i]["read"], *flat_rows),
-                        "weight": state[i]["weight"] + keras.ops.sum(of_sample),
-                        "square": state[i]["square"] + keras.ops.sum(of_sample**2),
-                    }
-                )
-                if not groups:
-                    continue
-                if target.positions:
-                    pick = _picked(weight, chances[i])
-                    ids = _at(class_ids[i], pick, target, target.by_unit)
-                    read = [
-                        layer_readout.features(
-                            [_activation_at(a, pick, target, group.name) for a in each]
-                        )
-                        for group, each in zip(groups, recorded, strict=True)
-                    ]
-                else:
-                    # The same for all such outputs.
-                    whole = whole or [layer_readout.features(a) for a in recorded]
-                    ids, read = class_ids[i], whole
-                features.append((read, ids, of_sample))
-            return new, features
+        chances = [rng.uniform(1e-6, 1.0, (self._rows, n)) for n in places]
 
         @functools.cache
         def compiled(by_batch, with_layers):
             chosen = self._groups if with_layers else []
             return backend.compile_step(
-                model, functools.partial(step, by_batch, chosen)
+                model, functools.partial(self._step, by_batch, chosen)
             )
 
         self._compiled = compiled
         self._empty = self._empty_state()
-        self._chances = [keras.ops.convert_to_tensor(a) for a in chances]
+        self._chances = [
+            keras.ops.convert_to_tensor(a.astype("float32")) for a in chances
+        ]
 
     @property
     def has_averages(self) -> bool:
@@ -156,6 +120,62 @@ class Probe:
                 state, features = step(state, *batch, self._chances)
                 parts.append(features)
         return self._finish(state), self._read(parts) if with_layers else []
+
+    def _step(self, by_batch, groups, forward, state, x, class_ids, weights, chances):
+        """The forward pass of a batch, and what is counted of it; to be compiled.
+
+        Args:
+            by_batch: Whether the batch is normalised by its own statistics.
+            groups: Groups of layers to read too.
+            forward: The model, see `backend.compile_step`.
+            state: A dict of counts for each output that is read.
+            x: Inputs; so are the others a batch of what a sample has.
+            class_ids: Ids for each of these outputs.
+            weights: Weights, the same.
+            chances: Random numbers that choose the position layers are read at.
+
+        Returns:
+            The new state, and for each of these outputs a tuple: the features of each
+            group, and the ids and weights that these go with. Empty without groups.
+        """
+        normalised = contextlib.nullcontext()
+        if by_batch:
+            normalised = self._statistics.used(forward, x)
+        with normalised, layers.recorded(groups) as activations:
+            flat = keras.tree.flatten(forward(x))
+            recorded = activations(self._rows)
+        new, features, whole = [], [], None
+        for i, labels in enumerate(self._labels):
+            output, target = flat[labels.index], labels.target
+            weight = _masked(weights[i], output, target)
+            of_sample = keras.ops.sum(
+                keras.ops.reshape(weight, (self._rows, -1)), axis=1
+            )
+            flat_rows = _flattened(output, class_ids[i], weight, target)
+            new.append(
+                {
+                    "read": self._readouts[i].update(state[i]["read"], *flat_rows),
+                    "weight": state[i]["weight"] + keras.ops.sum(of_sample),
+                    "square": state[i]["square"] + keras.ops.sum(of_sample**2),
+                }
+            )
+            if not groups:
+                continue
+            if target.positions:
+                pick = _picked(weight, chances[i])
+                ids = _at(class_ids[i], pick, target, target.by_unit)
+                read = [
+                    self.layer_readout.features(
+                        [_activation_at(a, pick, target, group.name) for a in each]
+                    )
+                    for group, each in zip(groups, recorded, strict=True)
+                ]
+            else:
+                # The same for all such outputs.
+                whole = whole or [self.layer_readout.features(a) for a in recorded]
+                ids, read = class_ids[i], whole
+            features.append((read, ids, of_sample))
+        return new, features
 
     def _empty_state(self):
         zero = np.zeros((), "float32")
@@ -212,19 +232,9 @@ class Probe:
                     for batches in map(keras.ops.concatenate, (ids, weights))
                 )
                 weight = weight * (weight.sum() / (weight**2).sum())
-            questions = [(class_ids, target.num_classes)]
-            if target.by_unit:
-                classes = [2] * len(target.columns)
-                if target.edges is not None:
-                    classes = [len(edges) + 1 for edges in target.edges]
-                chosen = np.arange(len(classes))
-                if len(chosen) > _QUESTIONS:
-                    rng = np.random.default_rng(0)
-                    chosen = rng.choice(chosen, _QUESTIONS, replace=False)
-                questions = [(class_ids[:, i], classes[i]) for i in chosen]
             readers = [
                 self.layer_readout.reader(one, classes, weight)
-                for one, classes in questions
+                for one, classes in _questions(target, class_ids)
             ]
             infos, rows = [], sum(len(batch) for batch in ids)
             by_group = zip(*features, strict=True)
@@ -241,6 +251,19 @@ class Probe:
         if self._places is None:
             return rows
         return keras.ops.take(rows, self._places, axis=0)
+
+
+def _questions(target, class_ids):
+    """What layers are asked: pairs of class ids of shape `(n,)` and their number."""
+    if not target.by_unit:
+        return [(class_ids, target.num_classes)]
+    classes = [2] * len(target.columns)
+    if target.edges is not None:
+        classes = [len(edges) + 1 for edges in target.edges]
+    chosen = np.arange(len(classes))
+    if len(chosen) > _QUESTIONS:
+        chosen = np.random.default_rng(0).choice(chosen, _QUESTIONS, replace=False)
+    return [(class_ids[:, i], classes[i]) for i in chosen]
 
 
 def _check_rows(group, batches, rows):
