@@ -187,52 +187,13 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
     batches.check_inputs(first[0])
     plan = _Plan(model, first[0], first[1], output, kind)
     most = 2 * size if plan.bins else size  # Bins are not known before the targets are.
-    spare = max(most, _SPARE)
-    pool, batch_sizes, seen = _Pool(plan.classes), [], 0
-    started = time.monotonic()
+    pool = _Pool(plan.classes)
     with own_random_state(int(seed) ^ 1):
-        for x, y, sample_weight in itertools.chain([first], source):
-            if started is not None and time.monotonic() - started > _LONG:
-                started = None
-                warnings.warn(
-                    f"After {_LONG} s of drawing a sample, {seen} samples "
-                    "of `probe_data` have been gone through, and all of them will be. "
-                    "If they are many, or never end, pass a part, such as "
-                    "`dataset.take(200)`.",
-                    stacklevel=2,
-                )
-            n = batches.check_lengths(x, y, sample_weight)
-            if n == 0:
-                continue
-            batches.check_inputs(x)
-            ids = plan.checked(y, sample_weight)
-            rows = {"x": x, "y": y, "position": np.arange(seen, seen + n)}
-            batch_sizes.append(n)
-            seen += n
-            if sample_weight is not None:
-                rows["sample_weight"] = sample_weight
-            pool.add(rows, ids, rng.random(n))
-            # Memory stays bounded by the sample.
-            if len(pool) > 2 * most + min(16 * plan.classes, spare):
-                # What the final draw will want of the rows so far is fewer on average,
-                # and more with a chance that is negligible. Of hundreds of classes
-                # those chances together would be many samples, so each has less.
-                shares = most * pool.counts / pool.counts.sum()
-                more = 4 * np.sqrt(shares) + 4
-                pool.keep(shares + more * min(1.0, spare / more.sum()))
+        batch_sizes = _fill(pool, plan, itertools.chain([first], source), rng, most)
     plan.decide()
     present = np.count_nonzero(pool.counts)
-    if plan.classes > 1 and present == 1:
-        raise ValueError(
-            "Argument `probe_data` must have at least two classes: labels of a single "
-            "class have no entropy, and nothing can be known about them. "
-            f"Received: class {int(np.argmax(pool.counts))} only"
-        )
-    if plan.classes > 1 and size < 2 * present:
-        raise ValueError(
-            "Argument `probe_size` must be at least 2 for each class. Received: "
-            f"probe_size={size} for {present} classes"
-        )
+    if plan.classes > 1:
+        _check_classes(pool.counts, size)
     if plan.bins:
         pool.keep(_shares(pool.counts, most))
         pool.stratify(plan.bin_ids(pool.rows()["y"]))
@@ -250,6 +211,69 @@ def draw_rows(data, model, size, seed: int, output=None, kind="auto") -> Rows:
         plan.notes,
         batch_sizes,
     )
+
+
+def _fill(pool, plan, source, rng, most: int) -> list[int]:
+    """Goes through all batches once, and keeps in the pool what a sample may want.
+
+    Args:
+        pool: An empty `_Pool`.
+        plan: A `_Plan`, which checks the labels and learns from them.
+        source: The batches: inputs, labels, and weights or None.
+        rng: Generator of the rows' priorities.
+        most: Number of rows that will be wanted.
+
+    Returns:
+        The number of rows in each batch that has some.
+    """
+    batch_sizes, seen, spare = [], 0, max(most, _SPARE)
+    started = time.monotonic()
+    for x, y, sample_weight in source:
+        if started is not None and time.monotonic() - started > _LONG:
+            started = None
+            warnings.warn(
+                f"After {_LONG} s of drawing a sample, {seen} samples "
+                "of `probe_data` have been gone through, and all of them will be. "
+                "If they are many, or never end, pass a part, such as "
+                "`dataset.take(200)`.",
+                stacklevel=3,
+            )
+        n = batches.check_lengths(x, y, sample_weight)
+        if n == 0:
+            continue
+        batches.check_inputs(x)
+        ids = plan.checked(y, sample_weight)
+        rows = {"x": x, "y": y, "position": np.arange(seen, seen + n)}
+        batch_sizes.append(n)
+        seen += n
+        if sample_weight is not None:
+            rows["sample_weight"] = sample_weight
+        pool.add(rows, ids, rng.random(n))
+        # Memory stays bounded by the sample.
+        if len(pool) > 2 * most + min(16 * plan.classes, spare):
+            # What the final draw will want of the rows so far is fewer on average, and
+            # more with a chance that is negligible. Of hundreds of classes those
+            # chances together would be many samples, so each has less.
+            shares = most * pool.counts / pool.counts.sum()
+            more = 4 * np.sqrt(shares) + 4
+            pool.keep(shares + more * min(1.0, spare / more.sum()))
+    return batch_sizes
+
+
+def _check_classes(counts, size):
+    """ValueError for a single class in all data, and for too few samples for all."""
+    present = np.count_nonzero(counts)
+    if present == 1:
+        raise ValueError(
+            "Argument `probe_data` must have at least two classes: labels of a single "
+            "class have no entropy, and nothing can be known about them. "
+            f"Received: class {int(np.argmax(counts))} only"
+        )
+    if size < 2 * present:
+        raise ValueError(
+            "Argument `probe_size` must be at least 2 for each class. Received: "
+            f"probe_size={size} for {present} classes"
+        )
 
 
 class _Plan:
