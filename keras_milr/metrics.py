@@ -146,16 +146,7 @@ class MutualInformation(_keras.IncreasingMetric):
         several = (units,) if kind == "multi_label" else ()
         rows = classes + 1 if classes <= targets.MANY else 3
         if self.counts is None:
-            # A float32 counts to 2^24: the second has what the first is rounded by.
-            self.counts, self._rest = (
-                self.add_variable(
-                    shape=(*several, rows, classes),
-                    initializer="zeros",
-                    dtype="float32",
-                    name=name,
-                )
-                for name in ("counts", "rest")
-            )
+            self._add_counts((*several, rows, classes))
         elif self.counts.shape != (*several, rows, classes):
             raise ValueError(
                 f"MutualInformation has counted {self._counted()} so far. "
@@ -166,12 +157,7 @@ class MutualInformation(_keras.IncreasingMetric):
         if sample_weight is not None:
             sample_weight = as_array("sample_weight", sample_weight)
         factors = [one for one in (sample_weight, mask) if one is not None]
-        weight = None
-        if factors or several:
-            weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
-            for factor in factors:
-                weight = weight * _like(ops.cast(factor, "float32"), weight)
-            weight = ops.reshape(weight, (-1,))
+        weight = _product(factors, y_pred) if factors or several else None
         if positions:
             y_pred = ops.reshape(y_pred, (-1, units))
         if several:
@@ -181,12 +167,7 @@ class MutualInformation(_keras.IncreasingMetric):
         else:
             predicted = readouts.predicted_class(y_pred, self.from_logits)
             batch = information.counted(predicted, ids, classes + 1, classes, weight)
-        # Kahan's sum. TensorFlow reads a variable at each use, a tensor once.
-        before = ops.cast(self.counts, "float32")
-        batch = batch + self._rest
-        counts = before + batch
-        self._rest.assign(batch - (counts - before))
-        self.counts.assign(counts)
+        self._count(batch)
 
     def result(self):
         """Mutual information of all batches since the last reset: a scalar, nats.
@@ -207,7 +188,26 @@ class MutualInformation(_keras.IncreasingMetric):
             nats = ops.sum(nats * occur) / ops.maximum(ops.sum(occur), 1.0)
         return ops.cast(nats, self.dtype)
 
+    def _add_counts(self, shape):
+        # A float32 counts to 2^24: the second has what the first is rounded by.
+        self.counts, self._rest = (
+            self.add_variable(
+                shape=shape, initializer="zeros", dtype="float32", name=name
+            )
+            for name in ("counts", "rest")
+        )
+
+    def _count(self, batch):
+        """Kahan's sum of the counts so far and those of a batch."""
+        # TensorFlow reads a variable at each use, a tensor once.
+        before = keras.ops.cast(self.counts, "float32")
+        batch = batch + self._rest
+        counts = before + batch
+        self._rest.assign(batch - (counts - before))
+        self.counts.assign(counts)
+
     def _counted(self):
+        """What was counted so far, in words."""
         classes = self.counts.shape[-1]
         if len(self.counts.shape) == 2:
             return f"{classes} classes"
@@ -237,6 +237,15 @@ class MutualInformation(_keras.IncreasingMetric):
 def _has_no_table(counts):
     """Whether there are too many classes for a table: see `readouts.hit_counts`."""
     return counts.shape[-1] > targets.MANY
+
+
+def _product(factors, y_pred):
+    """The product of weights and masks for each position, one after the other."""
+    ops = keras.ops
+    weight = ops.ones(ops.shape(y_pred)[:-1], "float32")
+    for factor in factors:
+        weight = weight * _like(ops.cast(factor, "float32"), weight)
+    return ops.reshape(weight, (-1,))
 
 
 def _like(weight, positions):
