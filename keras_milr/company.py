@@ -23,11 +23,11 @@ _BEHIND = (
 def take_place(callback):
     """Makes its caller call a callback before those that use its keys.
 
-    A callback is told of its model before anything else, and by a list that goes
-    through all of them. That gets a list in another order, for all that comes next:
-    `callback` stands before the first that uses its keys, and behind those that set the
-    rate too, which is then what they say. Among each other, those that set the rate
-    and all others keep their order.
+    The caller is a `CallbackList`. Before anything else it goes through its callbacks
+    and tells each of its model. During that call it is given the same callbacks in
+    another order, for all calls to come: `callback` stands before the first that uses
+    its keys, and behind those that set the rate too, so that it takes up the rate that
+    they have set. Otherwise, the order stays as it was.
 
     Args:
         callback: A callback whose `set_model` is called.

@@ -35,22 +35,22 @@ class NetworkRate:
     def set(self, rates: np.ndarray):
         self._model.optimizer.learning_rate = float(rates[0])
 
-    # What is ours to set between readings: all of the rate.
+    # Nobody else sets a part of the rate: see `LayerRates.own`.
     own, set_own = get, set
 
     def keep_base(self, base: float):
         """Nothing: the rate is set after a roll back in any case."""
 
     def ceiling(self, start: np.ndarray) -> float:
-        """Upper bound, where none is given, after the rates at the start.
+        """Upper bound where none is given: a thousand times the rate at the start.
 
-        Far from it, since a start may be far too low. What a rate that is too high
-        does is rolled back.
+        That is far above it, since a start may be far too low. What a rate that is too
+        high does is rolled back.
         """
         return 1000.0 * start.max()
 
     def state(self) -> dict:
-        """What is not in the optimizer's variables."""
+        """What is not in the optimizer's variables, as a dict for JSON."""
         return {}
 
     def resume(self, state: dict):
@@ -116,7 +116,10 @@ class LayerRates:
             self.set_own(rates / base)
 
     def own(self) -> np.ndarray:
-        """What is ours to set between readings: the multipliers, and not the base."""
+        """The part of the rates that nobody else sets: the multipliers, not the base.
+
+        One for each group, the highest of its layers.
+        """
         multipliers = self._optimizer().multipliers
         highest = [max(multipliers[k] for k in shares) for shares in self._shares]
         return np.array(highest)
@@ -131,13 +134,20 @@ class LayerRates:
         optimizer.set_multipliers(multipliers)
 
     def keep_base(self, base: float):
-        """Sets the optimizer's rate, which others set, back after a roll back."""
+        """Sets the optimizer's rate, which others set, to what it was.
+
+        A roll back has set it to that of the weights that are restored.
+        """
         # A schedule goes by its own steps, and so does a function.
         with contextlib.suppress(TypeError, AttributeError):
             self._model.optimizer.learning_rate = base
 
     def ceiling(self, start: np.ndarray) -> float:
-        """The same; it moves with the base, which others warm up, and is nearer."""
+        """Upper bound where none is given: ten times the highest rate at the start.
+
+        That is the highest multiplier at the start times the optimizer's rate of now,
+        which others may warm up.
+        """
         return 10.0 * base_rate(self._model) * self._highest
 
     def state(self) -> dict:

@@ -31,7 +31,7 @@ def record(reading, infos, names=None) -> dict:
 
 
 def informations(record, names=None) -> list:
-    """The `infos` that a record was made of."""
+    """The `infos` that a record was made of: the inverse of `record`."""
     return [
         readouts.Information(
             **{f: record[f][n] if names else record[f] for f in _INFORMATION}
@@ -41,7 +41,10 @@ def informations(record, names=None) -> list:
 
 
 def renamed(history, names) -> list[dict]:
-    """The records under other names of the layers, in the same order."""
+    """The records of a history with other names for the layers.
+
+    Automatic names change from one run to the next, the order of layers does not.
+    """
     return [
         {
             key: dict(zip(names, value.values(), strict=True))

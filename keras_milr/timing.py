@@ -22,15 +22,19 @@ class Timing:
         update_freq: `"epoch"`, or a number of batches.
 
     Attributes:
-        epoch: The present epoch.
-        batch: How many of its batches were trained at the last reading, and at its end.
-        first_epoch: Where the training has begun.
-        divided: Into how many parts readings divide each epoch.
-        since_reading: With a number of batches, how many were trained since a reading.
+        epoch: Number of the present epoch, from 0.
+        batch: How many batches of it were trained at the last reading within it; after
+            its end, all of them.
+        first_epoch: Number of the epoch in which the training has begun.
+        divided: Into how many parts readings divide each epoch; 1 where they come at
+            its end only.
+        since_reading: How many batches were trained since a reading, where
+            `update_freq` is a number of batches.
         skipped: How many readings were due since the last one, but had nothing to read.
-        apart: In how many that are due the next one is expected, after the last two.
-        steps: Batches of an epoch, where that is known beforehand, else None.
-        length: The same, or as many as the last epoch had.
+        apart: How many readings are expected to come due until the next one that has
+            something to read, which is among them: as many as it took the last time.
+        steps: Number of batches in an epoch, where that is known beforehand, else None.
+        length: The same, or the number that the last epoch had.
     """
 
     def __init__(self, model, params, update_freq):
@@ -63,7 +67,8 @@ class Timing:
         """What a resumed training must know.
 
         Args:
-            within: Whether this epoch begins again then. Defaults to `False`.
+            within: Whether it goes on from the beginning of this epoch. Defaults to
+                `False`: from its end.
         """
         state = {name: getattr(self, name) for name in _STATE}
         if within:
@@ -79,7 +84,7 @@ class Timing:
 
     @property
     def readings(self) -> int | None:
-        """How many are planned; None where that is not known."""
+        """How many readings are planned after the first; None where it is not known."""
         if self._epochs is None or (self.steps is None and not self._per_epoch):
             return None
         epochs = self._epochs - self.first_epoch
@@ -120,32 +125,37 @@ class Timing:
 
     @property
     def passed(self) -> float | None:
-        """Share of an epoch that has passed, at a reading within the first one.
+        """Share of the epoch that has passed, at an early reading within the first one.
 
-        None where all epochs are divided.
+        None where all epochs are divided: readings within them are counted as others.
         """
         return None if self.divided > 1 else self.batch / self.length
 
     def way(self, batch: int, readings: int) -> float | None:
         """How much of the way to the next reading is behind, before a batch is trained.
 
-        It goes in a few steps. None where there has been no further one.
+        The way is gone in a few steps of equal length.
 
         Args:
             batch: That batch.
             readings: How many readings there were.
+
+        Returns:
+            A share, from 0 to 1, that belongs to the middle of the present step. None
+            where that step was answered before, or where the way is of unknown length.
         """
-        length = self.length
+        length = self.length  # From one reading that is due to the next, in batches.
         if not self._per_epoch:
             length = max(self._update_freq, self._batches_at_once)
         if length is None:
             return None
-        done = min(batch if self._per_epoch else self.since_reading, length - 1)
-        done = self.divided * done % length + self.skipped * length
-        length *= self.apart
-        done = min(done, length - 1)
-        steps = min(_GLIDE_STEPS, -(-length // (self.divided * self._batches_at_once)))
-        step = readings, steps * done // length
+        trained = min(batch if self._per_epoch else self.since_reading, length - 1)
+        # An epoch that is divided is gone through so many times as fast.
+        done = self.divided * trained % length + self.skipped * length
+        whole = self.apart * length
+        done = min(done, whole - 1)
+        steps = min(_GLIDE_STEPS, -(-whole // (self.divided * self._batches_at_once)))
+        step = readings, steps * done // whole
         if step == self._glided:
             return None
         self._glided = step
@@ -156,7 +166,11 @@ class Timing:
         self.skipped += 1
 
     def take(self) -> int:
-        """Notes a reading; how many were due since the last one, with this."""
+        """Notes that a due reading is taken.
+
+        Returns:
+            How many have come due since the last one that was taken, with this one.
+        """
         apart, self.skipped = self.skipped + 1, 0
         self.apart = apart
         if apart > 1 and self._per_epoch and self._epochs is not None:
@@ -164,7 +178,7 @@ class Timing:
         return apart
 
     def is_due_after(self, batch: int) -> bool:
-        """Counts a batch that was trained; whether a reading is due after it."""
+        """Notes that a batch was trained; whether a reading is due after it."""
         # With `steps_per_execution`, `batch` is the last of several, and may lie beyond
         # the end of the epoch.
         trained = min(batch + 1 + self._batches_behind, self.steps or math.inf)
