@@ -58,30 +58,32 @@ class MutualInformationLR(keras.callbacks.Callback):
     lag behind the weights by some hundred batches.
 
     Labels may be of any kind: classes, yes or no, several of these at once, numbers;
-    one for each sample, token or pixel, of one output or several. Of yes-or-no labels,
-    each is a question by itself. Numbers are read in bins of equal numbers of samples,
-    as many as counts can serve, where H(Y) − CE does not exist. Each is measured in the
-    same way, and the mean drives the policy. See `targets` and `output`.
+    one for each sample, token or pixel, of one output or several. Each yes-or-no label
+    is measured by itself, and so is each output; the mean drives the policy. Numbers
+    are read in bins of equal numbers of samples, as many as the counts allow; there is
+    no H(Y) − CE of them. See `targets` and `output`.
 
     With `layers` there is a rate for each layer, or group of layers, of a model that is
     compiled with a `LayerwiseOptimizer`. All of them are read in the same pass as the
-    output: what a linear readout gets out of a layer about the labels, in nats like
-    the output; see `readouts.LinearReadout`. The policy then works on arrays with an
-    entry for each layer, and a layer's multiplier becomes its rate over the
-    optimizer's learning rate, which stays for others to set. The policies move the rate
-    of a layer by what its own reading has gained beyond the noise, and keep the ratio
-    between rates within 30. Layers near the input say nearly all that they will ever
-    say from the start, so mostly the upper ones move. No mapping from the
-    information in layers to their rates is known that beats its own controls; take
-    it as a diagnostic and an experiment, and see the README for what was measured.
+    output. A layer's reading is what a linear readout can tell from it about the
+    labels, in nats as for the output; see `readouts.LinearReadout`. The policy then
+    works on arrays with an entry for each layer: it moves the rate of a layer by what
+    the layer's own reading has gained beyond the noise, and keeps the ratio between
+    rates within 30. The callback sets the layer's multiplier, which is its rate divided
+    by the optimizer's learning rate; the latter stays for others to set. Layers near
+    the input say nearly all that they will ever say from the start, so mostly the
+    upper ones move. No mapping from the information in layers to their rates is known
+    that beats its own controls; take it as a diagnostic and an experiment, and see the
+    README for what was measured.
 
-    It adds to the logs of each epoch `learning_rate`, the rate that its last batch was
-    trained with, and from a probe `probe_mutual_information` (counted, corrected for
-    bias) and `probe_information` (what the policy sees for the network), both of the
-    last reading; with `layers` also `learning_rate/<layer>` and
-    `probe_mutual_information/<layer>`. With batch normalisation the two of the network
-    are of inference, as `predict` is, read once more at the end of the epoch; `history`
-    has what the policy saw.
+    It adds these keys to the logs of each epoch:
+
+    - `learning_rate`: the rate that the last batch of the epoch was trained with.
+    - With a probe, of the last reading: `probe_mutual_information`, counted and
+      corrected for bias, and `probe_information`, which is what the policy sees for the
+      network. With batch normalisation these two are read once more at the end of the
+      epoch, in inference as `predict` does it; `history` has what the policy saw.
+    - With `layers`: `learning_rate/<layer>` and `probe_mutual_information/<layer>`.
 
     In the list of callbacks it must stand before `BackupAndRestore`, and before one of
     your own that uses these keys, calls `evaluate` or changes weights; and after one of
@@ -90,12 +92,13 @@ class MutualInformationLR(keras.callbacks.Callback):
     `ReduceLROnPlateau`, and before `TensorBoard`, `CSVLogger`, `SwapEMAWeights` and
     whatever monitors `probe_mutual_information` or `probe_information`, of which more
     is better. So readings are of the weights that are trained, not of their averages.
-    What `TensorBoard` logs as `learning_rate` is the optimizer's by then, the rate of
-    the next epoch; so does a `ReduceLROnPlateau` that monitors one of our keys.
+    What `TensorBoard` logs as `learning_rate` is the optimizer's rate by then, which is
+    that of the next epoch. The same holds of a `ReduceLROnPlateau` that monitors one of
+    our keys.
 
-    In a training loop of your own, its hooks are called as `fit` calls them; for
-    `initial_epoch` and the like there are no arguments. It needs `probe_data`, since
-    `train_on_batch` resets metrics before each batch:
+    In a training loop of your own, call its hooks as `fit` does. `initial_epoch` is the
+    first epoch that you pass to them. It needs `probe_data`, since `train_on_batch`
+    resets metrics before each batch:
 
     ```python
     callbacks = keras.callbacks.CallbackList(
@@ -117,10 +120,10 @@ class MutualInformationLR(keras.callbacks.Callback):
     for each other, and all act on what the first of them has read.
 
     A training that was interrupted can be resumed, and its rates go on as if nothing
-    had happened. With `BackupAndRestore` by the same script; a kill while it saves is
-    survived with its `double_checkpoint=True`. Whatever else saves the model or its
-    weights during `fit`, such as `ModelCheckpoint`, saves the state of this callback
-    in the same file:
+    had happened. With `BackupAndRestore` among the callbacks, start the same script
+    again; with its `double_checkpoint=True` even a kill while it saves is survived.
+    Whatever else saves the model or its weights during `fit`, such as
+    `ModelCheckpoint`, saves the state of this callback in the same file:
 
     ```python
     model = keras.models.load_model("checkpoint-07.keras")
@@ -129,14 +132,16 @@ class MutualInformationLR(keras.callbacks.Callback):
     ```
 
     A training that had come to its end goes on with more `epochs` from its highest
-    rate, as in another `fit`. Without `load_state` a file that was saved late in a
-    training holds the low rate of then: compile again, or pass `learning_rate=`.
+    rate, as in another `fit`. Without `load_state`, a model from a file that was saved
+    late in a training has the low rate of then: compile it again, or pass
+    `learning_rate=`.
 
     While less than half of H(Y) is known, and after a reading that was worse than the
-    best, such a file also has the weights to roll back to. The order of batches is not
-    in it: with `shuffle=True` a resumed `fit` draws another one than it would have had.
-    On JAX a keyboard interrupt inside of a training step leaves a model without
-    weights, since Keras has given them to the step: go on from a file.
+    best, such a file also has the weights to roll back to, and is larger. The order of
+    batches is not in it: with `shuffle=True` a resumed `fit` draws another order than
+    the training would have had. On JAX a keyboard interrupt inside of a training step
+    leaves a model without weights, since Keras has given them to the step: go on from
+    a file.
 
     Example:
 
@@ -153,40 +158,35 @@ class MutualInformationLR(keras.callbacks.Callback):
             `policy(reading) -> rate` of a `keras_milr.policies.Reading`; its result
             is clipped to the bounds. A callable must be a pure function of the reading:
             it is called once before training, to check its result. To serialise, it
-            must be registered with `keras.saving.register_keras_serializable`. Where it
-            has an attribute `undoes_raises` that is true, a raise that costs
-            information is undone, and so is a lasting loss: see `rollback`. An
-            attribute `early_readings` is the number of readings within the first epoch,
-            see `update_freq`. With one `glides` that is true, as that of `"decay"`, a
-            lower rate is reached at the next reading, in ten steps, and otherwise at
-            once. With one `anneals` that is true, as that of `"decay"`, the rate comes
-            down by the end of the training, and afterwards is set back to the highest,
-            from which a second `fit` starts. Defaults to `"decay"`.
+            must be registered with `keras.saving.register_keras_serializable`. It may
+            have attributes `undoes_raises`, `early_readings`, `glides` and `anneals`,
+            which say when it is read and how its rates are set; they are described in
+            `keras_milr.policies`. Defaults to `"decay"`, which has all four.
         probe_data: What to measure on: `(x, y)`, `(x, y, sample_weight)`, or an
             iterable of such batches (`tf.data.Dataset`, `keras.utils.PyDataset`,
-            `DataLoader`, generator), which is gone through once before the first epoch,
-            with `learning_rate="auto"` twice, as a generator cannot be; of a large
-            dataset a part such as `dataset.take(200)` serves. Inputs may be sparse
-            arrays of SciPy. The training data are a good choice, with their class
-            weights, if there are any, as sample weights. Defaults to `None`: use the
-            metric.
+            `DataLoader`, generator). It is gone through once before the first epoch, or
+            twice with `learning_rate="auto"`, for which a generator does not serve. Of
+            a large dataset, pass a part such as `dataset.take(200)`. Inputs may be
+            sparse arrays of SciPy. The training data are a good choice, with their
+            class weights, if there are any, as sample weights. Defaults to `None`: use
+            the metric.
         probe_size: Integer, size of the class-stratified sample that is drawn once
             from `probe_data` and reused for every reading; at least 2 per class. All
             data are used where there are fewer. Defaults to `2048`.
-        layers: Which layers have a rate of their own: `"all"` with trainable weights, a
-            name or regular expression, or a list of these; or a dict from the name
-            of a group to its layers, which share one rate and are read at the last
-            one that is called. Others keep their multiplier. Names are those of
-            `LayerwiseOptimizer.summary()`. A group's rate is the highest of its
-            layers'; their multipliers keep their ratios. Defaults to `None`: one rate
-            for the network.
+        layers: Which layers have a rate of their own: `"all"` that have trainable
+            weights, a name or regular expression, or a list of these. Or a dict from
+            the name of a group to its layers, which share one rate: it is the highest
+            of theirs, their multipliers keep their ratios, and the one that is called
+            last is read. Other layers keep their multiplier. Names are those of
+            `LayerwiseOptimizer.summary()`. Defaults to `None`: one rate for the
+            network.
         readout: How to read. `"auto"`, a `keras_milr.readouts.Predictions` for the
             output, or with `layers` a `readouts.LinearReadout` or
             `readouts.UnitHistogram` for them. `"auto"` takes `from_logits` from the
-            compiled losses, and a `LinearReadout` for layers. With a label for each
-            position, layers are read at one position of each sample, and must have the
-            same positions; of more than 64 labels or numbers of a sample they are read
-            by 64. Defaults to `"auto"`.
+            compiled losses, and a `LinearReadout` for layers. Where samples have a
+            label for each position, layers must have the same positions, and are read
+            at one position of each sample. Where a sample has more than 64 labels or
+            numbers, layers are read by 64 of them. Defaults to `"auto"`.
         output: Name of the output to read, where the model has several. Defaults to
             `None`: the mean of all that have a loss, by their loss weights; one that
             cannot be read is left out, with a warning.
@@ -195,56 +195,69 @@ class MutualInformationLR(keras.callbacks.Callback):
             these; see the table in `keras_milr.targets`. Defaults to `"auto"`: by loss,
             labels and outputs together.
         learning_rate: The rate to start with. Float, or `"auto"` to find one by
-            `lr_range_test` on `probe_data` before the first epoch, which costs at most
-            an epoch of them, or seven steps, and leaves no trace. Its batches are those
-            of a dataset; of arrays they have the size that makes as many as `fit` has,
-            or 32.
-            Defaults to `None`: keep the optimizer's.
+            `lr_range_test` on `probe_data` before the first epoch. That takes at most
+            as many training steps as an epoch of them, or seven if these are more, and
+            leaves no trace. It trains on the batches of a dataset; arrays are cut in as
+            many batches as `fit` has in an epoch, or in batches of 32 where that is
+            not known. Defaults to `None`: keep the optimizer's.
         min_lr: Float `>= 0`, lower bound of the rate. A layer that starts below it, as
             under a warm-up of the base from 0, may stay there. Defaults to `1e-6`.
-        max_lr: Float, upper bound of the rate. Defaults to `None`: with `"auto"` the
-            highest rate that trained in the range test, or, where an epoch has fewer
-            than 30 steps, the one that learned fastest in it; else a thousand times the
-            rate at the start. With `layers` the highest multiplier at the start times
-            that of `"auto"`, or times ten times the optimizer's rate.
+        max_lr: Float, upper bound of the rate. Defaults to `None`. With `"auto"` it is
+            then the highest rate that trained in the range test; where an epoch has
+            fewer than 30 steps, the one that learned fastest in it. Otherwise it is a
+            thousand times the rate at the start. With `layers`, each rate is bounded by
+            the highest multiplier at the start times the bound of `"auto"`, or, without
+            `"auto"`, times ten times the optimizer's rate.
         reference: What the information is measured against. Float in nats, or a
             callable from `readouts.Information` to nats. Defaults to `None`: H(Y), the
             entropy of the labels.
         update_freq: `"epoch"`, or an integer number of batches from one reading to the
-            next. With `"epoch"` and a probe, `"decay"` and `"reference"` are also shown
-            readings at the quarters of the first epoch, at least 20 batches apart, and
-            raise a rate that is far too low; but none where classes are so rare that
-            H(Y) is below half of that of equal classes, of which little is known for
-            long, and none where the cross-entropy is not known, as of numbers. In a
-            training of fewer than six epochs, whose length is known, `"decay"` is shown
-            six readings or more: equally many in each epoch, at least 20 batches apart.
+            next. With `"epoch"` there are further readings within epochs, at least 20
+            batches apart, for policies that ask for them:
+
+            - *Early readings*, for `"decay"` and `"reference"`: at the quarters of the
+              first epoch, with a probe, to raise a rate that is far too low. There are
+              none where classes are so rare that H(Y) is below half of that of equal
+              classes, since little is known of them for long; and none where the
+              cross-entropy is not known, as of numbers.
+            - *Few epochs*, for `"decay"`: in a training of fewer than six epochs, whose
+              length is known, six readings or more, equally many in each epoch.
+
             Defaults to `"epoch"`.
-        rollback: Whether to go back to the last good weights and optimizer state, at
-            rates lowered to 0.3 (after a raise, of those before it), or, where less
-            than half had been known of what seems attainable, to the start at 0.03, and
-            from then on no higher than a tenth of what failed, when the training fails:
-            the loss, the weights or the optimizer's state are not finite, or, with a
-            probe, the output is worse than the same guess for every sample after it was
-            better, or does not depend on the input any more, or is the same for nearly
-            all samples; of continuous targets, only the latter two.
-            Over-fitting is no failure, though on a probe that is held out the
-            cross-entropy may rise above that of any guess. A raise of the rate
-            is undone that costs information, where the policy raises it to see what
-            comes: `"decay"` and `"reference"` do. A rate that has been reached by
-            raises then comes back as it was, that of the start at a half. Under such a
-            policy it also counts as failed that, for three readings in a row, a tenth
-            of H(Y) of what was known is missing and the cross-entropy is as much
-            higher. Where so much is lost in the second reading at the rate of the
-            start, or a raise from it then costs information, that rate may be too high
-            itself, unless a range test found it. What it has done to the weights would
-            stay: 0.3 of it is given as long, from the start, and if less is learned,
-            what the first start had learned comes back, at half its rate. Each time
-            warns; after the tenth the training stops. Defaults to `True`.
-        monitor: Without `probe_data`, the log key of the metric to use, which begins
-            with the name of the output where there are several. One on the validation
-            data is read after epochs only. Defaults to `None`: the metric on the
-            validation data where the first epoch has some and readings are not within
-            epochs, else on the training data.
+        rollback: Whether to set weights and optimizer state back when the training
+            fails, and to go on at a lower rate. Each time warns; after the tenth the
+            training stops. A training fails when
+
+            - the loss, the weights or the optimizer's state are not finite;
+            - with a probe, the output does not depend on the input any more, or is the
+              same for nearly all samples, or is worse than the same guess for every
+              sample after it was better. The last cannot be told of continuous targets.
+              Over-fitting is no failure, though on a probe that is held out the
+              cross-entropy may rise above that of any guess.
+            - under a policy that raises rates to see what comes, as `"decay"` and
+              `"reference"` do: a raise has cost information; or for three readings in
+              a row the information is below the best by a tenth of H(Y), and the
+              cross-entropy above by as much.
+
+            In most cases it goes on from the last good weights, at 0.3 of the rates
+            (after a raise, of those before it). A raise that has cost information is
+            just undone; but half of the rate of the start is taken, if the raise was
+            from there. Where less than half was known of what seems attainable, it goes
+            on from the start, at 0.03 of the rates, and from then on at a tenth of them
+            at most.
+
+            Under a policy that raises rates, the rate of the start may be too high
+            itself, unless a range test found it, and what it has done to the weights
+            would stay. Signs of that, in the second reading, are a failure though half
+            was known, a raise that has cost information, or a loss of a tenth of H(Y).
+            Then 0.3 of the rate is tried from the start, for as long; and if less is
+            learned, what the first start had learned comes back, at half its rate.
+            Defaults to `True`.
+        monitor: Without `probe_data`, the log key of the metric to use, such as
+            `"val_mutual_information"`. It begins with the name of the output where
+            there are several. A metric on the validation data is read after epochs
+            only. Defaults to `None`: the metric on the validation data where there is a
+            validation before the first reading, else on the training data.
         seed: Integer seed of the sample. Defaults to `0`.
         verbose: Integer. 0: quiet, 1: update messages. Defaults to `0`.
 
