@@ -59,17 +59,7 @@ def outputs_of(model, x) -> list[Output]:
     structure = _called(model, x, rows)
     flat = keras.tree.flatten(structure)
     names = _names(model, structure, len(flat))
-    loss = getattr(model, "loss", None)
-    weights = _keras.loss_weights(model)
-    several = isinstance(loss, (list, tuple, dict))
-    if len(flat) == 1 and isinstance(loss, (list, tuple)) and len(loss) > 1:
-        losses = [tuple(loss)]  # Several losses of one output: none that is known.
-    else:
-        losses = by_output(loss, names, "loss") if several else [loss] * len(flat)
-    listed = isinstance(weights, (list, tuple, dict))
-    weights = by_output(weights, names, "loss_weights") if listed else [weights]
-    weights = [1.0 if weight is None else float(weight) for weight in weights]
-    weights *= len(flat) if len(weights) == 1 else 1
+    losses, weights = _losses(model, names)
     shapes = [tuple(t.shape) for t in flat]
     # What nobody has a loss for may be anything.
     read = [s for s, one in zip(shapes, losses, strict=True) if one is not None]
@@ -80,9 +70,24 @@ def outputs_of(model, x) -> list[Output]:
             f"{shapes}"
         )
     values = [keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in flat]
-    places = range(len(flat))
-    rows = zip(names, places, losses, weights, values, strict=True)
-    return [Output(*row) for row in rows]
+    fields = zip(names, range(len(flat)), losses, weights, values, strict=True)
+    return [Output(*one) for one in fields]
+
+
+def _losses(model, names):
+    """The loss of each of these outputs, as `compile` was given it, and its weight."""
+    loss = getattr(model, "loss", None)
+    if len(names) == 1 and isinstance(loss, (list, tuple)) and len(loss) > 1:
+        losses = [tuple(loss)]  # Several losses of one output: none that is known.
+    elif isinstance(loss, (list, tuple, dict)):
+        losses = by_output(loss, names, "loss")
+    else:
+        losses = [loss] * len(names)
+    weights = _keras.loss_weights(model)
+    listed = isinstance(weights, (list, tuple, dict))
+    weights = by_output(weights, names, "loss_weights") if listed else [weights]
+    weights = [1.0 if weight is None else float(weight) for weight in weights]
+    return losses, weights * len(names) if len(weights) == 1 else weights
 
 
 def fixed_batch_size(model, x) -> int | None:
@@ -145,9 +150,8 @@ def by_output(value, names, what: str) -> list:
     elif isinstance(value, (list, tuple)):
         if len(value) == len(names):
             return list(value)
-    else:
-        if len(names) == 1:
-            return [value]
+    elif len(names) == 1:
+        return [value]
     received = list(value) if isinstance(value, dict) else type(value).__name__
     if isinstance(value, (list, tuple)):
         received += f" of {len(value)}"
