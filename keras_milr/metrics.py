@@ -316,12 +316,16 @@ class MetricTable:
         monitor = next(iter(found)) if monitor is None else monitor
         self._key = monitor if monitor in found else monitor.removeprefix("val_")
         self._metric = found[self._key]
-        self._unread = 0.0  # counts of earlier epochs, too few for a reading
+        # Tables of counts, or 0: of finished epochs, not read yet; of this epoch, read
+        # already; and of its training, where validation has reset the metric since.
+        self._unread = 0.0
+        self._read = 0.0
+        self._trained = None
         self.begin_epoch()
 
     @property
     def is_seen_within_epochs(self) -> bool:
-        """Whether it is not on the validation data; open before the first reading."""
+        """Whether it is on the training data; true while that is open, too."""
         return not self._validation
 
     def begin_epoch(self):

@@ -15,9 +15,9 @@ class BatchStatistics:
     The averages that are kept for inference lag behind the weights by some hundred
     batches: read with them, a network that learns seems to know little.
 
-    It does so where the model follows the batches in training: not in layers that are
-    frozen, or called with `training=False`. Which these are shows a pass in training
-    mode that leaves no trace, done with the first that is read.
+    It does so in the layers that follow the batches in training, and not in those that
+    are frozen or called with `training=False`. Which layers follow is found out with
+    the first batch that is read, by a pass in training mode that leaves no trace.
 
     Args:
         model: A built `keras.Model`.
@@ -31,14 +31,20 @@ class BatchStatistics:
         self._following = None
 
     def __bool__(self):
-        """Whether there may be such layers, until the pass has shown that none is."""
+        """Whether there are such layers; before the first pass, if there may be."""
         if self._following is None:
             return bool(self._layers or self._modules)
         return bool(self._following)
 
     @contextlib.contextmanager
     def used(self, forward, x):
-        """For what is called in it; `forward(x, training=True)` is the training."""
+        """Context in which the model normalises a batch by its own statistics.
+
+        Args:
+            forward: The model, see `backend.compile_step`. The first time it is called
+                in training mode too, to find out which layers follow the batches.
+            x: The batch.
+        """
         if self._following is None:
             self._following = self._find(forward, x)
         with self._each_call(lambda layer, training: id(layer) in self._following):
