@@ -115,28 +115,29 @@ def lr_range_test(
     finite, or when the information collapses: less than half of what there was at a
     lower rate or at the start, and a loss that a constant predictor has too.
 
-    `best_lr` is half a decade below `peak_lr`, the rate that learned most. What is
-    fastest for a few steps is often too fast for a whole training. Where the steps move
-    the information at no rate, or there is one step for each, it is the optimizer's
-    own, a warning says so, and nothing is known of the best but that it is not above
-    `max_lr`.
-    Less than a quarter of H(Y) counts only with a loss below H(Y), unless that of the
-    start was above 1.5 H(Y): a network that has yet to begin may tell classes apart by
+    `best_lr` is half a decade below `peak_lr`, the rate that learned most: what is
+    fastest for a few steps is often too fast for a whole training. The test finds
+    nothing where the steps raise the information beyond the noise at no rate, and where
+    there is only one step for each rate. Then `best_lr` is the optimizer's own rate, or
+    the nearest one that trained, and a warning says so. Information of less than a
+    quarter of H(Y) counts only with a loss below H(Y), unless the loss of the start was
+    above 1.5 H(Y): a network that has yet to begin may tell classes apart by
     differences that are small and pass.
 
-    All trainings together take no more steps than one epoch, or one for each rate where
-    it has fewer, unless `steps` or `max_steps` ask for more. Each is also read once,
-    which is a prediction of at most `probe_size` samples.
+    All trainings together take no more steps than there are batches in one epoch, or
+    one for each rate if these are more, unless `steps` or `max_steps` ask for more.
+    After each the model is read once, which is a prediction of at most `probe_size`
+    samples.
 
-    It leaves no trace. Weights, optimizer, metrics, statistics of batch normalisation,
-    random generators and compiled functions are as before, so that what is trained
-    afterwards is bit for bit what it would have been; also when it is interrupted. A
-    model that has no weights yet is built. A `tf.data.Dataset` or a `DataLoader` is
-    read in a copy, so that its shuffling does not go on either. What is kept elsewhere
-    is not known: see `keras_milr.untouched`.
+    It leaves no trace, even when it is interrupted. Weights, optimizer, metrics,
+    statistics of batch normalisation, random generators and compiled functions are as
+    before, so that what is trained afterwards is bit for bit what it would have been.
+    Only a model that has no weights yet is built. A `tf.data.Dataset` or a `DataLoader`
+    is read in a copy, so that its shuffling does not go on either. What is kept
+    elsewhere is not known: see `keras_milr.untouched`.
 
-    Samples are held out without loss: a training sees a small part of an epoch, and
-    the model is judged on others, which `fit` then trains on too. Where `steps` asks
+    To hold samples out costs nothing: a training sees a small part of an epoch, and the
+    model is judged on other samples, which `fit` then trains on too. Where `steps` asks
     for more than half of a small set, that half is gone through more than once.
 
     Example:

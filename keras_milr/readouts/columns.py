@@ -77,14 +77,10 @@ class Columns:
         ids = ops.convert_to_tensor(class_ids, "int32")
         columns = ops.convert_to_tensor(self._columns, "int32")
         outputs = ops.take(ops.cast(outputs, "float32"), columns, axis=-1)
-        weight = (
-            ops.ones(ops.shape(outputs)[0])
-            if sample_weight is None
-            else (sample_weight)
-        )
-        weight = ops.broadcast_to(
-            ops.expand_dims(ops.cast(weight, "float32"), -1), ops.shape(outputs)
-        )
+        if sample_weight is None:
+            sample_weight = ops.ones(ops.shape(outputs)[0])
+        weight = ops.expand_dims(ops.cast(sample_weight, "float32"), -1)
+        weight = ops.broadcast_to(weight, ops.shape(outputs))
         finite = ops.isfinite(outputs)
         counts = _counts(outputs, ids, weight, self._edges)
         seen = finite & (weight > 0)

@@ -412,7 +412,16 @@ def attainable(counts) -> np.ndarray:
 
 
 def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Information:
-    """The same for so many classes that there is no table."""
+    """`from_counts` for so many classes that there is no table.
+
+    Args:
+        labels: Weights of the labels of each class, shape `(K,)`.
+        correct: Those of correct predictions, the same.
+        none: Those of rows without a prediction, the same.
+        prior: −log of the share of each class in all data, the same.
+        bound: H(Y) − CE, nats, or NaN.
+        bound_stderr: Its standard error.
+    """
     nan, entropy = float("nan"), float(prior @ labels / max(labels.sum(), 1e-30))
     result = Information(
         value=nan,
@@ -428,6 +437,7 @@ def _without_table(labels, correct, none, prior, bound, bound_stderr) -> Informa
 
 
 def _by_bound(result, labels, correct, none, classes) -> Information:
+    """With the bound H(Y) − CE as its `value`, or Fano's where there is none."""
     value, stderr = _fano(labels, correct, none, result.entropy, classes)
     known = ~np.isnan(result.bound)
     return result._replace(
