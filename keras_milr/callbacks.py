@@ -716,9 +716,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         """Takes a reading and sets the next rates.
 
         Args:
-            logs: Logs of the epoch.
-            mid_epoch: Whether it goes on afterwards, for the table of a metric.
-            passed: Share of the first epoch, for a reading of a probe within it.
+            logs: Logs of the epoch, or None.
+            mid_epoch: Whether the epoch goes on afterwards, for the table of a metric.
+            passed: For an early reading of a probe, the share of the first epoch that
+                has passed. Defaults to `None`, for all others.
         """
         infos = self._measure(mid_epoch)
         if infos is None:
@@ -727,47 +728,62 @@ class MutualInformationLR(keras.callbacks.Callback):
         apart = 1 if passed is not None else self._timing.take()
         reading = self._controller.read(infos, passed, apart)
         self._record(reading, infos)
-        tries = self._controller.tries()
-        if passed is not None and not tries and self._is_worse_than_at_the_start():
+        raised = self._controller.tries()
+        if passed is not None and not raised and self._is_worse_than_at_the_start():
             return  # The rate is not too low; a whole epoch will show what it does.
         if self.rollback:
-            if self._rollback is None:
-                self._rollback = self._make_rollback()
-            loss = float((logs or {}).get("loss", 0.0))
-            if self._failed and not math.isfinite(loss):
-                # The mean over an epoch with batches that were rolled back.
-                loss = 0.0
-            loss = float(backend.of_first_worker(self.model, np.asarray(loss)))
-            failure = self._rollback.judge(
-                self._output(infos),
-                infos,
-                loss,
-                reading.step,
-                reading.steps,
-                explores=self._controller.explores(),
-                raised=tries,
-                at_start=self._controller.is_at_start(reading),
-            )
+            failure = self._failure(reading, infos, raised, logs)
             if failure is not None:
                 self._roll_back(reading, failure)
                 return
         new = self._controller.act(reading)
         self._overruled.set(None if new is None else rates.base_rate(self.model))
         if new is not None and self.verbose > 0:
-            names = self._rates.names
-            what = f"rate to {new[0]:.4g}"
-            if names:
-                each = zip(names, new, strict=True)
-                what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
-            # What rises does so at once.
-            falls = self._controller.glides and np.all(new <= reading.rate)
-            verb = "lowering" if falls else "setting"
-            show(
-                f"\nEpoch {self._timing.epoch + 1}: MutualInformationLR {verb} "
-                f"learning {what}."
-            )
+            self._show_rates(new, reading)
+
+    def _failure(self, reading, infos, raised, logs):
+        """What is wrong with the training, in words; else None, and weights are kept.
+
+        Args:
+            reading: The reading.
+            infos: What it is made of, an `Information` for each rate.
+            raised: Whether the policy has raised a rate at the reading before.
+            logs: Logs of the epoch, or None.
+        """
+        if self._rollback is None:
+            self._rollback = self._make_rollback()
+        loss = float((logs or {}).get("loss", 0.0))
+        if self._failed and not math.isfinite(loss):
+            # The mean over an epoch with batches that were rolled back.
+            loss = 0.0
+        loss = float(backend.of_first_worker(self.model, np.asarray(loss)))
+        return self._rollback.judge(
+            self._output(infos),
+            infos,
+            loss,
+            reading.step,
+            reading.steps,
+            explores=self._controller.explores(),
+            raised=raised,
+            at_start=self._controller.is_at_start(reading),
+        )
+
+    def _show_rates(self, new, reading):
+        names = self._rates.names
+        what = f"rate to {new[0]:.4g}"
+        if names:
+            each = zip(names, new, strict=True)
+            what = "rates to " + ", ".join(f"{n}: {rate:.4g}" for n, rate in each)
+        # What rises does so at once.
+        falls = self._controller.glides and np.all(new <= reading.rate)
+        verb = "lowering" if falls else "setting"
+        show(
+            f"\nEpoch {self._timing.epoch + 1}: MutualInformationLR {verb} "
+            f"learning {what}."
+        )
 
     def _roll_back(self, reading, failure):
+        """Goes back to earlier weights, at lower rates, and warns of it."""
         base = rates.base_rate(self.model)
         infos, way, place = self._rollback.restore()
         self._rates.keep_base(base)
@@ -784,6 +800,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         )
 
     def _output(self, infos):
+        """What was read at the output: of layers, `infos` are something else."""
         return infos[0] if self._probe is None else self._last[0]
 
     def _measure(self, mid_epoch=False):
