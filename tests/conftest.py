@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import keras
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +18,9 @@ from sklearn.datasets import load_digits
 from tests import support
 
 mpl.use("Agg")
+# A machine that is busy takes longer for an example, which is no failure.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 BACKEND = keras.backend.backend()
 if BACKEND == "torch":

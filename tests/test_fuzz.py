@@ -31,7 +31,6 @@ TRIED = collections.defaultdict(collections.Counter)
 def fuzz(examples):
     return settings(
         max_examples=examples * TIMES,
-        deadline=None,
         derandomize=TIMES == 1,
         database=None,
         suppress_health_check=list(HealthCheck),

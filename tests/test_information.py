@@ -54,14 +54,14 @@ def symmetric_channel(classes, error, n, rng):
     return np.where(rng.random(n) < error, wrong, labels), labels
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables)
 def test_mutual_information_is_scikit_learns(table):
     expected = mutual_info_score(None, None, contingency=table) if table.any() else 0.0
     assert information.mutual_information(table) == pytest.approx(expected, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tables, st.sampled_from(CORRECTIONS))
 def test_corrections_equal_the_reference(table, correction):
     np.testing.assert_allclose(
@@ -144,7 +144,7 @@ def test_known_values():
 
 
 @given(tables, st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_invariances(table, random):
     nats = float(information.mutual_information(table))
     rows = random.sample(range(table.shape[0]), table.shape[0])

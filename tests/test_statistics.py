@@ -332,7 +332,7 @@ class TestNull:
         corrected = information.mutual_information(counts, "miller_madow")
         assert np.mean(corrected) < 0.7 * np.mean(raw)
 
-    @settings(max_examples=50, deadline=None, derandomize=True)
+    @settings(max_examples=50, derandomize=True)
     @given(
         hnp.arrays(
             "int64",
@@ -384,7 +384,7 @@ def measures_of(table):
     ]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(TABLES, st.data())
 def test_names_do_not_matter(table, data):
     rows = data.draw(st.permutations(range(table.shape[0])))
@@ -394,7 +394,7 @@ def test_names_do_not_matter(table, data):
         np.testing.assert_allclose(measures_of(other), expected, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(TABLES, st.integers(2, 1000))
 def test_repetition_only_makes_it_surer(table, times):
     """What is counted stays; errors shrink as of more samples, bias as of so many."""
@@ -406,7 +406,7 @@ def test_repetition_only_makes_it_surer(table, times):
     assert abs(again[1] - raw) <= abs(corrected - raw) + 1e-9
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(TABLES, st.data())
 def test_merging_loses_information(table, data):
     """The data-processing inequality, of rows, of columns and of both."""
@@ -425,7 +425,7 @@ def test_merging_loses_information(table, data):
         assert entropy <= information.entropy(whole) + 1e-9
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_order_of_the_samples_does_not_matter(n, rows, columns, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

@@ -192,7 +192,7 @@ class TestDetection:
     ).filter(lambda a: len(np.unique(a)) > 1),
     st.integers(2, 16),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_quantile_bins(values, bins):
     edges = targets.quantile_edges(values, bins)
     assert 1 <= len(edges) < bins
