@@ -786,9 +786,9 @@ class MutualInformationLR(keras.callbacks.Callback):
         """Goes back to earlier weights, at lower rates, and warns of it."""
         base = rates.base_rate(self.model)
         infos, way, place = self._rollback.restore()
-        self._rates.keep_base(base)
         self._failed = True
-        new = self._controller.roll_back(infos, reading, way)
+        with self._rates.keeping_base(base):
+            new = self._controller.roll_back(infos, reading, way)
         what = f"learning rate {new.max():.4g}"
         if self._rollback.count >= MOST:
             self.model.stop_training = True

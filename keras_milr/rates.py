@@ -38,8 +38,9 @@ class NetworkRate:
     # Nobody else sets a part of the rate: see `LayerRates.own`.
     own, set_own = get, set
 
-    def keep_base(self, base: float):
+    def keeping_base(self, base: float):
         """Nothing: the rate is set after a roll back in any case."""
+        return contextlib.nullcontext()
 
     def ceiling(self, start: np.ndarray) -> float:
         """Upper bound where none is given: a thousand times the rate at the start.
@@ -79,6 +80,7 @@ class LayerRates:
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.groups, self._shares, self._highest = [], [], 0.0
+        self._kept = None  # A base that stands in for the optimizer's.
         multipliers = optimizer.multipliers
         for group in choose(model, layers):
             try:
@@ -108,10 +110,10 @@ class LayerRates:
         self.names = [group.name for group in self.groups]
 
     def get(self) -> np.ndarray:
-        return base_rate(self._model) * self.own()
+        return self._base() * self.own()
 
     def set(self, rates: np.ndarray):
-        base = base_rate(self._model)
+        base = self._base()
         if base > 0:  # Else a warm-up begins there: any multiplier will do.
             self.set_own(rates / base)
 
@@ -133,14 +135,27 @@ class LayerRates:
                 multipliers[name] = float(value * share)
         optimizer.set_multipliers(multipliers)
 
-    def keep_base(self, base: float):
-        """Sets the optimizer's rate, which others set, to what it was.
+    @contextlib.contextmanager
+    def keeping_base(self, base: float):
+        """Context that sets the optimizer's rate, which others set, to what it was.
 
-        A roll back has set it to that of the weights that are restored.
+        A roll back has set it to that of the weights that are restored. A schedule goes
+        by its own steps, and so does a function: these have gone back too, to the
+        beginning of a warm-up say. Inside of the context rates are multiples of the
+        base that failed, and not of one that is next to nothing, whose multipliers
+        would be far too high.
         """
-        # A schedule goes by its own steps, and so does a function.
-        with contextlib.suppress(TypeError, AttributeError):
+        try:
             self._model.optimizer.learning_rate = base
+        except (TypeError, AttributeError):
+            self._kept = base
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _base(self):
+        return base_rate(self._model) if self._kept is None else self._kept
 
     def ceiling(self, start: np.ndarray) -> float:
         """Upper bound where none is given: ten times the highest rate at the start.
@@ -148,7 +163,7 @@ class LayerRates:
         That is the highest multiplier at the start times the optimizer's rate of now,
         which others may warm up.
         """
-        return 10.0 * base_rate(self._model) * self._highest
+        return 10.0 * self._base() * self._highest
 
     def state(self) -> dict:
         # Names may change when a model is saved and loaded, their order does not.

@@ -506,6 +506,27 @@ def test_a_base_that_is_lowered_stays_after_a_roll_back(digits):
     assert multipliers["first"] == 1 > multipliers["out"] > 0
 
 
+@pytest.mark.parametrize("start", [0.0, 1e-6])
+def test_a_roll_back_within_a_warm_up(start, digits):
+    """The schedule goes back with the weights: its base is next to nothing again."""
+    warm_up = keras.optimizers.schedules.CosineDecay(
+        start, 90, warmup_target=1e-2, warmup_steps=30
+    )
+
+    class Break(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                kernel = self.model.layers[-1].kernel
+                kernel.assign(np.full(kernel.shape, np.nan))
+
+    model = make_model(warm_up)
+    with pytest.warns(UserWarning, match="back at the start"):
+        fit([Break(), make(keep, digits)], digits, model)
+    # A restart is at .03, and not above what has failed.
+    values = list(model.optimizer.multipliers.values())
+    np.testing.assert_allclose(values, 0.03, rtol=1e-3)
+
+
 def test_a_schedule_of_the_base_does_not_end_in_the_multipliers(digits):
     def lower(epoch):
         return 1e-3 * 0.1**epoch
