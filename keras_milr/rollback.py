@@ -184,15 +184,24 @@ class Rollback:
         weights, slots = self._model.weights, self._model.optimizer.variables
         of_model = zip(weights, values, strict=False)  # The optimizer's come after.
         finite = _are_finite(value for v, value in of_model if id(v) in trained)
-        # A loss scale skips the steps that are not finite, by design.
-        scaled = isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer)
-        if not finite or not (scaled or math.isfinite(loss)):
+        if not finite or not (math.isfinite(loss) or self._skips_some()):
             return "the loss or the weights are not finite"
         # Of a gradient whose square overflows, Adam keeps an infinite average: the
         # weights are what they were, and never change again.
         if not _are_finite(values[len(weights) : len(weights) + len(slots)]):
             return "the optimizer's state is not finite"
         return None
+
+    def _skips_some(self):
+        """Whether steps that are not finite are skipped, by design, and not all are.
+
+        A loss scale is halved by each of them: one that has come down below 1 is none
+        that any gradient needs.
+        """
+        optimizer = self._model.optimizer
+        if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return False
+        return float(keras.ops.convert_to_numpy(optimizer.dynamic_scale)) >= 1
 
     def _stays_low(self, output):
         """What has been lost for some readings in a row, in words; else None.

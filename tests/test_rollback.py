@@ -359,6 +359,37 @@ def test_weights_that_are_not_finite(source, layers, digits):
     assert [r["rollbacks"] for r in callback.history][-2:] == [1, 1]
 
 
+@pytest.mark.parametrize("source", ["probe", "metric"])
+def test_a_loss_scale_that_skips_every_step(source, digits):
+    """Of a network that overflows float16 the weights stay finite, as they are."""
+    keras.utils.set_random_seed(0)
+    x, y = digits[0], digits[1].astype("float32") / 9
+    adam = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    if source == "probe":
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
+        model.compile(adam, "mse")
+        callback = keras_milr.MutualInformationLR(keep, (x, y))
+    else:
+        y = digits[1]
+        model = make_model(adam)
+        metrics = [keras_milr.MutualInformation()]
+        model.compile(adam, "sparse_categorical_crossentropy", metrics=metrics)
+        callback = keras_milr.MutualInformationLR(keep)
+
+    class Overflow(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                kernel = self.model.layers[-1].kernel
+                kernel.assign(np.full(kernel.shape, 3e38))
+
+    with pytest.warns(UserWarning, match="epoch 3, the loss or the weights are not"):
+        history = model.fit(
+            x, y, epochs=5, verbose=0, callbacks=[callback, Overflow()]
+        ).history
+    assert not np.isfinite(history["loss"][2])
+    assert np.all(np.isfinite(history["loss"][3:]))
+
+
 def test_a_network_that_is_nearly_dead(digits):
     """Its hidden units answer to 3 % of the samples only."""
     x = digits[0]
