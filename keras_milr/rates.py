@@ -178,9 +178,7 @@ class LayerRates:
         ]
 
     def _optimizer(self):
-        optimizer = self._model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
+        optimizer = _without_scale(self._model.optimizer)
         if not isinstance(optimizer, LayerwiseOptimizer):
             raise ValueError(
                 "Argument `layers` needs an optimizer with a rate for each layer. "
@@ -189,6 +187,23 @@ class LayerRates:
                 f"Received: {type(optimizer).__name__}"
             )
         return optimizer
+
+
+@contextlib.contextmanager
+def keeping_multipliers(model):
+    """Context after which the multipliers of a model's layers are as before it."""
+    optimizer = _without_scale(model.optimizer)
+    known = isinstance(optimizer, LayerwiseOptimizer)
+    multipliers = optimizer.multipliers if known else None
+    yield
+    if known:  # It also takes the velocity from layers that shall stand.
+        optimizer.set_multipliers(multipliers)
+
+
+def _without_scale(optimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
 
 
 def steps_made(model) -> int:

@@ -6,7 +6,7 @@ import math
 import keras
 import numpy as np
 
-from keras_milr import _keras, backend
+from keras_milr import _keras, backend, rates
 from keras_milr.readouts import Information
 from keras_milr.untouched import assign
 
@@ -287,7 +287,9 @@ class Rollback:
             self._good, self._best = self._start, self._first
             self._start_step = self._good_step = self._step
         infos, values = self._good
-        assign(list(zip(self._variables(), values, strict=True)))
+        # They are rates: whoever has set them, to freeze a layer say, means them still.
+        with rates.keeping_multipliers(self._model):
+            assign(list(zip(self._variables(), values, strict=True)))
         self._now = infos
         return infos, way, place
 

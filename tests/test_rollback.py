@@ -274,6 +274,30 @@ def test_no_mixture_of_weights(optimizer, digits):
     model.fit(x, y, epochs=1, verbose=0)  # And it trains on.
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_multipliers_that_others_have_set_stay(scaled, digits):
+    """Layers are frozen and set free epoch by epoch, which a roll back must not undo."""
+    sgd = keras.optimizers.SGD(0.1, momentum=0.9)
+    layerwise = keras_milr.LayerwiseOptimizer(sgd, {"dense": 0})
+    optimizer = keras.optimizers.LossScaleOptimizer(layerwise) if scaled else layerwise
+    keras.backend.clear_session()
+    model = make_model(optimizer)
+    x, y = digits
+    model.fit(x, y, epochs=1, verbose=0)
+    guard = Rollback(model)
+    guard.keep(info(1.8, 0.5), ["good"])
+    wanted = {"dense": 1.0, "dense_1": 0.5, "dense_2": 0.0}
+    layerwise.set_multipliers(wanted)
+    guard.restore()
+    assert layerwise.multipliers == wanted
+    first, last = (keras.ops.convert_to_numpy(model.layers[i].kernel) for i in (0, 2))
+    first, last = first.copy(), last.copy()
+    model.fit(x, y, epochs=1, verbose=0)
+    kernels = [keras.ops.convert_to_numpy(model.layers[i].kernel) for i in (0, 2)]
+    assert not np.array_equal(kernels[0], first)
+    np.testing.assert_array_equal(kernels[1], last)
+
+
 def test_to_the_start_while_little_is_known(digits):
     model = make_model()
     guard = Rollback(model)
