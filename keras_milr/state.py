@@ -201,14 +201,22 @@ class State:
         if with_weights and rollback is not None:
             arrays = rollback.changed(kept[1])
         if with_weights:
-            arrays |= {name: np.array(b) for name, b in self._unsaved().items()}
+            unsaved = self._unsaved().items()
+            arrays |= {k: keras.ops.convert_to_numpy(v).copy() for k, v in unsaved}
         content = content | {"rollback": kept and kept[0]}
         return _marked(content | {"iterations": steps_made(self._model)}), arrays
 
     def _unsaved(self):
-        """Buffers of PyTorch's modules that Keras does not save with the weights."""
+        """What Keras does not save with the weights, by name.
+
+        Buffers of PyTorch's modules, and the states of random seeds.
+        """
         buffers = [one for one in backend.buffers(self._model) if not one.saved]
-        return {f"buffer_{buffer.name}": buffer for buffer in buffers}
+        unsaved = {f"buffer_{buffer.name}": buffer for buffer in buffers}
+        # Of dropout, say: the states of seeds, without which its masks begin anew.
+        weights = {id(weight) for weight in self._model.weights}
+        seeds = [v for v in self._model.variables if id(v) not in weights]
+        return unsaved | {f"seed_{i}": seed for i, seed in enumerate(seeds)}
 
     def _on_loaded(self, found):
         if not self._restorable:

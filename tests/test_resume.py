@@ -341,6 +341,32 @@ def iterations(model):
     return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
 
 
+def test_the_masks_of_dropout_go_on(tmp_path, digits):
+    """Keras does not save the states of seeds: they would begin anew."""
+
+    def fit(*others):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((64,)),
+                keras.layers.Dense(16, activation="relu"),
+                keras.layers.Dropout(0.3),
+                keras.layers.Dense(10, activation="softmax"),
+            ]
+        )
+        model.compile("adam", "sparse_categorical_crossentropy")
+        options = {"epochs": 4, "shuffle": False, "verbose": 0}
+        callbacks = [MutualInformationLR(probe_data=digits), *others]
+        return model.fit(*digits, callbacks=callbacks, **options).history["loss"]
+
+    expected = fit()
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "b")
+    with pytest.raises(Killed):
+        fit(backup, keras.callbacks.LambdaCallback(on_epoch_begin=end_at(2)))
+    found = fit(keras.callbacks.BackupAndRestore(tmp_path / "b"))
+    np.testing.assert_allclose(found, expected[2:], rtol=1e-5)
+
+
 class TestOrder:
     @pytest.mark.parametrize("nested", [False, True])
     def test_behind_the_backup(self, nested, tmp_path, digits):
