@@ -237,15 +237,15 @@ class _MissingShare(_Configured):
         share = np.where(np.isnan(reading.bound), 0.1, 0.25)
         # What there is to know, without what is noise.
         there = np.fmin(reading.reference, reading.attainable)
-        # Nothing far above a rate that a range test found learns better, nor above one
-        # that was taken because a higher one failed.
-        too_low = not (reading.searched or reading.restarts > 0)
-        little = (known < share * there) & too_low
+        # Nothing far above a rate that a range test found learns better.
+        little = (known < share * there) & (not reading.searched)
+        # What a network seems to know before it is trained is luck, and soon lost.
+        lucky = (reading.step <= 1) & (reading.previous < 0.5 * reading.reference)
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == reading.restarts)
             & (reading.rate >= reading.peak_rate)
-            & (little | (gain >= 0))  # While little is known, it goes to and fro.
+            & (little | lucky | (gain >= 0))  # While little is known, it goes to and fro.
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):
@@ -300,7 +300,7 @@ class ReferenceLevel(_MissingShare):
          known, rate × 3. That is H(Y) − CE less than a quarter of what seems
          `attainable` or, where there are no probabilities, I less than a tenth of it.
          It holds also if the information falls, since counts go to and fro then; but
-         not where a range test found the start, nor after a restart.
+         not where a range test found the start.
 
        Within the first epoch the rate is not raised for the first time once half is
        reached of what seems attainable, unless H(Y) − CE is less than a quarter of the

@@ -294,13 +294,14 @@ def reference_level(
     part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
-    little = known < part * there(r) and not (r["searched"] or r["restarts"])
+    little = known < part * there(r) and not r["searched"]
+    lucky = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
         and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
-        and (little or gain >= 0)
+        and (little or lucky or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
@@ -341,7 +342,8 @@ def threshold_decay(
     part = 0.25 if probabilities else 0.1
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
-    little = known < part * there(r) and not (r["searched"] or r["restarts"])
+    little = known < part * there(r) and not r["searched"]
+    lucky = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1
@@ -351,7 +353,7 @@ def threshold_decay(
         and r["step"] <= grow_steps
         and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
-        and (little or gain >= 0)
+        and (little or lucky or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
