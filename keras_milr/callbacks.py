@@ -231,7 +231,8 @@ class MutualInformationLR(keras.callbacks.Callback):
             - the loss, the weights or the optimizer's state are not finite;
             - with a probe, the output does not depend on the input any more, or is the
               same for nearly all samples, or is worse than the same guess for every
-              sample after it was better. The last cannot be told of continuous targets.
+              sample after it was better. The last cannot be told of continuous targets,
+              nor under a loss of your own, which may leave out some labels.
               Over-fitting is no failure, though on a probe that is held out the
               cross-entropy may rise above that of any guess.
             - under a policy that raises rates to see what comes, as `"decay"` and
@@ -243,15 +244,18 @@ class MutualInformationLR(keras.callbacks.Callback):
             (after a raise, of those before it). A raise that has cost information is
             just undone; but half of the rate of the start is taken, if the raise was
             from there. Where less than half was known of what seems attainable, it goes
-            on from the start, at 0.03 of the rates, and from then on at a tenth of them
-            at most.
+            on from the start, at a tenth of the rates, and never above that; at 0.01 of
+            them under a policy that raises rates.
 
             Under a policy that raises rates, the rate of the start may be too high
             itself, unless a range test found it, and what it has done to the weights
             would stay. Signs of that, in the second reading, are a failure though half
-            was known, a raise that has cost information, or a loss of a tenth of H(Y).
-            Then 0.3 of the rate is tried from the start, for as long; and if less is
-            learned, what the first start had learned comes back, at half its rate.
+            was known, a raise that has cost information, a loss of a tenth of H(Y), or
+            the same output for more than a tenth of the samples, which units do that
+            are zero for all. Then 0.3 of the rate is tried from the start, for as long;
+            and if less is learned, what the first start had learned comes back, at half
+            its rate. The same output for so many is a failure in any reading while less
+            than half is known.
             Defaults to `True`.
         monitor: Without `probe_data`, the log key of the metric to use, such as
             `"val_mutual_information"`. It begins with the name of the output where
@@ -483,6 +487,13 @@ class MutualInformationLR(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._controller is not None:
             self._controller.end()
+        unlearned = self._rollback and self._rollback.end()
+        if unlearned:
+            warnings.warn(
+                f"MutualInformationLR: {unlearned}. Weights and optimizer are back at "
+                "what that had learned.",
+                stacklevel=2,
+            )
         self._state.end()
         self._probe = self._table = self._rollback = None  # Frees their memory.
 
@@ -591,7 +602,10 @@ class MutualInformationLR(keras.callbacks.Callback):
     def _make_rollback(self):
         if self._probe is None:
             return Rollback(self.model)
-        return Rollback(self.model, sampling.even_entropy(self._sample.labels))
+        labels = self._sample.labels
+        usual = all(one.target.usual_loss for one in labels)
+        usual &= type(self.model).compute_loss is keras.Model.compute_loss
+        return Rollback(self.model, sampling.even_entropy(labels), usual)
 
     def _make_controller(self, state=None):
         return Controller(
@@ -730,7 +744,10 @@ class MutualInformationLR(keras.callbacks.Callback):
         self._record(reading, infos)
         raised = self._controller.tries()
         if passed is not None and not raised and self._is_worse_than_at_the_start():
-            return  # The rate is not too low; a whole epoch will show what it does.
+            # The rate is not too low. What else it does, a whole epoch will show, but
+            # that it has killed the network is sure now.
+            if self._rollback is None or not self._rollback.is_dead(self._last[0]):
+                return
         if self.rollback:
             failure = self._failure(reading, infos, raised, logs)
             if failure is not None:

@@ -287,8 +287,8 @@ class Controller:
         - `Way.UNDO`: the rates before the raise; but half of a rate that was never
           raised before, since that of the start has not shown to serve, and may be
           close below one that fails.
-        - `Way.RESTART`: 0.03 of the rates, from which they may be raised again, but
-          from now on to a tenth of what has failed at most.
+        - `Way.RESTART`: 0.01 of the rates, where the policy raises what is too low; else
+          0.1. From now on they are at most a tenth of what has failed.
         - `Way.SECOND`: 0.3 of the rates, as of `CUT`. Half of them is kept for `FIRST`.
         - `Way.FIRST`: what `SECOND` has kept.
 
@@ -315,7 +315,8 @@ class Controller:
         elif way is Way.CUT:
             rates = 0.3 * before
         else:
-            rates, self._highest = 0.03 * reading.rate, 0.1 * reading.rate
+            self._highest = 0.1 * reading.rate
+            rates = 0.01 * reading.rate if self.explores() else self._highest
             self._restarts += 1
         rates = self._clipped(rates)
         self._before = None

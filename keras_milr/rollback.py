@@ -14,6 +14,7 @@ MOST = 10  # roll backs of one training
 _NEGLIGIBLE = 0.02  # Share of H(Y) that may be lost without a word.
 _LITTLE = 0.1  # Share of H(Y) whose loss is a failure if it lasts.
 _LASTS = 3  # Readings in a row: so long.
+_MANY = 0.1  # Share of samples that have the output of the one before.
 _SAME = 1e-6  # Outputs that differ by less are the same.
 # What a resumed training must know: weights with what was read of them, and numbers.
 _KEPT = ("good", "start", "other")
@@ -56,10 +57,13 @@ class Rollback:
         model: A compiled, built `keras.Model`.
         even: What H(Y) would be if all classes had equal shares, in nats, where it is
             known; see `collapse`. Defaults to `0.0`.
+        usual_loss: Whether the losses are Keras' own. One of the user's may leave out
+            labels, such as padding, whose cross-entropy rises while the others are
+            learned. So it is no failure then. Defaults to `True`.
     """
 
-    def __init__(self, model, even: float = 0.0):
-        self._model, self._even = model, even
+    def __init__(self, model, even: float = 0.0, usual_loss: bool = True):
+        self._model, self._even, self._usual_loss = model, even, usual_loss
         # `Information` at the output: at the start, and of the best reading since.
         self._first = self._best = None
         # Pairs of what was read, an `Information` for each rate, and the weights that
@@ -78,6 +82,7 @@ class Rollback:
         # `_best`, and the number of readings that these took it.
         self._other = self._other_best = None
         self._other_age = 0.0
+        self._second = None  # Its weights at the latest reading, or at the start.
         self._tried = False  # Whether there was a second start; if so, no further one.
         self.count = 0  # How often the training was rolled back.
         if not model.optimizer.built:
@@ -117,22 +122,29 @@ class Rollback:
         failure, self._undo, self._again = self._not_finite(values, loss), False, False
         # A model that had no weights at the start has no best reading yet.
         if failure is None and self._best is not None:
-            again = explores and at_start and self._may_start_again(steps)
-            failure = self._fails(output, explores, raised, again)
+            at_start = explores and at_start
+            again = at_start and self._may_start_again(steps)
+            failure = self._fails(output, explores, raised, at_start, again)
         if failure is None:
             self.keep(output, infos, values)
+            self._second = None if self._other is None else values
         return failure
 
-    def _fails(self, output, explores, raised, again):
+    def _fails(self, output, explores, raised, at_start, again):
         """What has been lost, in words; else None. Sets `_undo` and `_again`.
 
         Args:
             output: `Information` at the output.
-            explores: See `judge`; so is `raised`.
+            explores: See `judge`; so are `raised` and `at_start`.
             raised: Whether the last reading made the policy raise a rate.
+            at_start: Whether the policy explores from a rate that may be too high.
             again: Whether a second start may be made.
         """
-        failure = collapse(output, self._best, self._first, self._even, self._learned)
+        if self._usual_loss:
+            known = self._best, self._first, self._even, self._learned
+            failure = collapse(output, *known)
+        else:
+            failure = death(output, self._first)
         if failure is not None:
             # What little was learned otherwise is given up anyway.
             self._again = again and self._half_is_known()
@@ -149,6 +161,11 @@ class Rollback:
                 "at the rate of the start the information fell from "
                 f"{self._best.accessible:.4g} to {output.accessible:.4g} nats"
             )
+        if at_start and (again or not self._half_is_known()):
+            failure = self._repeats(output)
+            if failure is not None:
+                self._again = again
+                return failure
         if explores and not 0 < self._step < 1:
             failure = self._stays_low(output)
         if failure is None and self._other is not None:
@@ -178,6 +195,10 @@ class Rollback:
             if self._half_is_known() and self._step - self._start_step >= 2:
                 self._start = None
 
+    def is_dead(self, output) -> bool:
+        """Whether the output is the same for nearly all samples, and was not."""
+        return self._first is not None and death(output, self._first) is not None
+
     def _not_finite(self, values, loss):
         """What is not finite, in words; else None."""
         trained = {id(v) for v in self._model.trainable_variables}
@@ -202,6 +223,21 @@ class Rollback:
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             return False
         return float(keras.ops.convert_to_numpy(optimizer.dynamic_scale)) >= 1
+
+    def _repeats(self, output):
+        """How many samples have the same output, in words; None where few have.
+
+        A rate that is too high makes units zero for every sample. What is left of the
+        network still learns, but no lower rate brings these back. At rates that serve,
+        hardly two samples have the same output while the network is not sure of them.
+        """
+        more = output.repeated > self._first.repeated + _MANY
+        if not more or output.accessible >= 0.75 * self._attainable():
+            return None
+        return (
+            "at the rate of the start the output became the same for many samples: "
+            f"{output.repeated:.0%} have that of the one before"
+        )
 
     def _stays_low(self, output):
         """What has been lost for some readings in a row, in words; else None.
@@ -286,12 +322,35 @@ class Rollback:
         if way in (Way.RESTART, Way.SECOND):
             self._good, self._best = self._start, self._first
             self._start_step = self._good_step = self._step
+            self._second = self._start[1] if way is Way.SECOND else None
         infos, values = self._good
         # They are rates: whoever has set them, to freeze a layer say, means them still.
         with rates.keeping_multipliers(self._model):
             assign(list(zip(self._variables(), values, strict=True)))
         self._now = infos
         return infos, way, place
+
+    def end(self) -> str | None:
+        """Ends a second start that could not be judged, as by `EarlyStopping`.
+
+        Where it knows less than the first one, weights and optimizer are set back to
+        what that had learned, unless somebody else has set the weights meanwhile.
+
+        Returns:
+            What was wrong, in words, if they are set back; else None.
+        """
+        if self._other is None or self._second is None:
+            return None
+        now, known = self._best.accessible, self._other_best.accessible
+        weights = len(self._model.weights)  # The optimizer's come after, as its rate.
+        present = zip(self._values()[:weights], self._second, strict=False)
+        if now >= known or not all(np.array_equal(*pair) for pair in present):
+            return None
+        self.restore()
+        return (
+            f"the training ended when a second start had learned {now:.4g} nats of the "
+            f"{known:.4g} of the first"
+        )
 
     def state(self) -> tuple[dict, dict]:
         """What to resume with: a dict for JSON, and the kept weights by their names.
@@ -357,12 +416,16 @@ class Rollback:
                 kept[name] = infos, _replaced(present, arrays, name)
         self._good, self._start, self._other = (kept[name] for name in _KEPT)
 
+    def _attainable(self):
+        """How much there seems to be to learn, nats."""
+        if not self._learned:  # A network that says the same of all cannot tell.
+            return self._best.entropy
+        return np.fmin(self._best.entropy, self._best.attainable)
+
     def _half_is_known(self):
         """Whether half of what seems attainable is known, or was before."""
-        there = self._best.entropy
-        if self._learned:  # Of a network that says the same of all, little seems to be.
-            there = np.fmin(there, self._best.attainable)
-        return self._start is None or self._best.accessible >= 0.5 * there
+        known = self._best.accessible >= 0.5 * self._attainable()
+        return self._start is None or known
 
     def _variables(self):
         """All that is kept: the model's, the optimizer's, and what layers hide."""
@@ -417,13 +480,9 @@ def collapse(now, best, first, even: float = 0.0, learned=False) -> str | None:
         learned: Whether the cross-entropy of an earlier reading was below H(Y).
     """
     nats, unlearned = now.entropy, max(now.entropy, even)
-    if now.variation <= _SAME < first.variation:
-        return "the output does not depend on the input any more"
-    if now.repeated > 0.5 and first.repeated < 0.1 and now.accessible < _LITTLE * nats:
-        return (
-            "the output is the same for nearly all samples: "
-            f"{now.repeated:.0%} have that of the one before"
-        )
+    failure = death(now, first)
+    if failure is not None:
+        return failure
     if math.isnan(now.cross_entropy) or math.isnan(first.cross_entropy):
         return None  # Not probabilities: what is lost cannot be told.
     margin = _margin(now, _NEGLIGIBLE)
@@ -446,6 +505,24 @@ def collapse(now, best, first, even: float = 0.0, learned=False) -> str | None:
     # Once it has learned, it takes more for nothing to be known.
     if (far_worse and not (learned and knows)) or (worse and not (learned or knows)):
         return f"nothing was learned: {rose(first.cross_entropy, unlearned)}"
+    return None
+
+
+def death(now, first) -> str | None:
+    """Why a network says the same of all samples for good, in words; else None.
+
+    Args:
+        now: `Information` of the present reading.
+        first: That of the reading before training.
+    """
+    if now.variation <= _SAME < first.variation:
+        return "the output does not depend on the input any more"
+    little = now.accessible < _LITTLE * now.entropy
+    if now.repeated > 0.5 and first.repeated < _MANY and little:
+        return (
+            "the output is the same for nearly all samples: "
+            f"{now.repeated:.0%} have that of the one before"
+        )
     return None
 
 

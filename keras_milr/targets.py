@@ -79,6 +79,7 @@ class Target(NamedTuple):
         spread: Their standard deviations, or None.
         shares: Of more than `MANY` classes the share of each in all data: a sample
             does not have them all. None for fewer.
+        usual_loss: Whether the loss is one of Keras' own, unchanged.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class Target(NamedTuple):
     edges: list | None = None
     spread: np.ndarray | None = None
     shares: np.ndarray | None = None
+    usual_loss: bool = True
 
     @property
     def by_unit(self) -> bool:
@@ -135,6 +137,13 @@ def loss_family(loss) -> str | None:
     if str(getattr(loss, "__module__", "")).startswith("keras."):
         return _BY_LOWER.get(getattr(loss, "__name__", "").replace("_", ""))
     return None
+
+
+def is_usual(loss) -> bool:
+    """Whether a loss is one of Keras' own, and not a class that is derived of it."""
+    kind = type(loss) if isinstance(loss, keras.losses.Loss) else loss
+    named = isinstance(loss, str)
+    return named or str(getattr(kind, "__module__", "")).startswith("keras.")
 
 
 def from_logits(loss) -> bool:
@@ -203,6 +212,7 @@ def detect(loss, labels, outputs, kind: str = "auto") -> Target:
         logits,
         getattr(loss, "ignore_class", None) if kind == "sparse" else None,
         explicit,
+        usual_loss=is_usual(loss),
     )
 
 

@@ -385,15 +385,24 @@ class TestWaysBack:
 
     def test_a_restart_stays_below_a_tenth_of_what_failed(self):
         control, reading, _ = self.control()
+        control._policy.undoes_raises = True  # It raises rates to see what comes.
         control.roll_back(self.INFOS, reading, Way.RESTART)
-        np.testing.assert_allclose(control.rates.get(), 0.0006, rtol=1e-6)
+        np.testing.assert_allclose(control.rates.get(), 0.0002, rtol=1e-6)
         resumed = controller(control.rates, control._policy, state=control.state())
-        for expected in (0.0012, 0.002, 0.002):
+        for expected in (0.0004, 0.0008, 0.0016, 0.002, 0.002):
             reading = resumed.read(self.INFOS)
             assert (reading.rollbacks, reading.restarts) == (1, 1)
-            np.testing.assert_allclose(reading.start_rate, 0.0006, rtol=1e-6)
+            np.testing.assert_allclose(reading.start_rate, 0.0002, rtol=1e-6)
             resumed.act(reading)
             np.testing.assert_allclose(resumed.rates.get(), expected, rtol=1e-6)
+
+    def test_a_restart_of_a_policy_that_raises_nothing(self):
+        rates = NetworkRate(make_model("sgd"))
+        control = controller(rates, lambda reading: 5 * reading.rate)
+        control.roll_back(self.INFOS, control.read(self.INFOS), Way.RESTART)
+        for _ in range(2):
+            np.testing.assert_allclose(rates.get(), 0.001, rtol=1e-6)
+            act(control, 1)
 
     def test_a_restart_respects_the_lower_bound(self):
         rates = NetworkRate(make_model("sgd"))

@@ -119,6 +119,28 @@ class TestCollapse:
         assert collapse(info(0.03, 5.0), little, self.START, learned=True)
         assert collapse(info(0.03, 2.6), little, self.START, learned=True) is None
 
+    def test_a_loss_of_ones_own_may_leave_out_labels(self, digits):
+        """Those of padding, whose cross-entropy rises while the others are learned."""
+
+        class Masked(keras.losses.SparseCategoricalCrossentropy):
+            def call(self, y_true, y_pred):
+                losses = keras.losses.sparse_categorical_crossentropy(y_true, y_pred)
+                return losses * keras.ops.cast(y_true > 0, losses.dtype)
+
+        rng = np.random.default_rng(0)
+        labels = np.where(rng.random(len(digits[1])) < 0.7, 0, digits[1])
+        data = digits[0], labels
+        model = make_model("adam")
+        model.compile("adam", Masked())
+        callback = keras_milr.MutualInformationLR(keep, probe_data=data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.fit(*data, epochs=12, verbose=0, callbacks=[callback])
+        assert callback.history[-1]["cross_entropy"] > 1.5 * np.log(10)
+        known = labels > 0
+        right = model.predict(digits[0], verbose=0).argmax(1) == labels
+        assert right[known].mean() > 0.97
+
     def test_over_fitting_in_fit(self):
         """One label in five is wrong, and nobody can learn half of H(Y)."""
         rng = np.random.default_rng(0)
@@ -750,6 +772,76 @@ class TestSecondStart:
         assert self.judge(guard, info(1.6, 0.7), 3, **at_start) is None
         assert self.judge(guard, info(1.2, 1.1), 4, **at_start) is None
 
+    @pytest.mark.parametrize(
+        ("known", "step", "way"),
+        [
+            (1.3, 2, Way.SECOND),
+            (1.3, 0.5, Way.SECOND),
+            (1.0, 4, Way.RESTART),  # The first is much older than the second would be.
+            (1.3, 4, None),  # Half is known.
+        ],
+    )
+    def test_many_outputs_are_the_same(self, known, step, way):
+        """Units are dead, though what is known has hardly become less."""
+        guard = Rollback(make_model())
+        guard.keep(self.START, [self.START])
+        best = info(known, H - known)
+        assert self.judge(guard, best, step / 2) is None
+        for repeated in (0.05, 0.2):
+            now = info(known - 0.1, best.cross_entropy + 0.1, repeated=repeated)
+            assert self.judge(guard, now, step) is None  # The rate has served before.
+        failure = self.judge(guard, now, step, steps=20, at_start=True)
+        assert (failure is None) == (way is None)
+        if way is not None:
+            assert "20% have that of the one before" in failure
+            self.check(guard.restore(), self.START, way)
+
+    @pytest.mark.parametrize(
+        "case", [{"known": 1.8}, {"first": 0.15}, {"repeated": 0.05}]
+    )
+    def test_outputs_that_may_be_the_same(self, case):
+        """Of a network that is sure of both, or where samples are."""
+        start = self.START._replace(repeated=case.get("first", 0.0))
+        guard = Rollback(make_model())
+        guard.keep(start, [start])
+        known, repeated = case.get("known", 1.0), case.get("repeated", 0.2)
+        for step in (1, 2):
+            now = info(known, H - known, repeated=repeated)
+            assert self.judge(guard, now, step, steps=20, at_start=True) is None
+
+    def test_that_is_not_judged_any_more(self):
+        """Whatever knows more is left, but for weights that somebody else has set."""
+        for known, back in ((0.8, True), (1.2, False)):
+            guard = self.guard()
+            if not back:
+                self.set(7)
+                assert self.judge(guard, info(known, H - known), 2.5) is None
+            assert bool(guard.end()) == back
+            assert self.weights() == (1 if back else 7)
+            assert guard.end() is None
+        guard = self.guard()
+        self.set(8)
+        assert guard.end() is None
+        assert self.weights() == 8
+
+    def test_ended_by_early_stopping(self, digits):
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                if callback._rollback.count > 0:
+                    self.model.stop_training = True
+
+        keras.utils.set_random_seed(0)
+        model = make_model(keras.optimizers.SGD(0.2, momentum=0.9))
+        callback = keras_milr.MutualInformationLR(probe_data=digits)
+        with pytest.warns(UserWarning, match="MutualInformationLR") as warned:
+            fit = {"epochs": 12, "batch_size": 16, "verbose": 0}
+            model.fit(*digits, callbacks=[callback, Stop()], **fit)
+        places = [re.search("are back at ([^.;]*)", str(w.message)) for w in warned]
+        places = [place[1] for place in places if place]
+        second = "the start, to try a lower rate for as long"
+        assert places == [second, "what that had learned"]
+        assert model.evaluate(*digits, verbose=0)[1] > 0.5
+
     def test_in_training(self, digits):
         """From a rate that learns, but much less than a lower one; from a failure."""
         for rate in (0.15, 0.2, 10.0):
@@ -757,8 +849,9 @@ class TestSecondStart:
             model = make_model(keras.optimizers.SGD(rate, momentum=0.9))
             callback = keras_milr.MutualInformationLR(probe_data=digits)
             fit = {"epochs": 12, "batch_size": 16, "verbose": 0}
-            with pytest.warns(UserWarning, match="back at the start"):
+            with pytest.warns(UserWarning, match="are back at") as warned:
                 logs = model.fit(*digits, callbacks=[callback], **fit)
+            assert any("are back at the start" in str(w.message) for w in warned)
             assert logs.history["accuracy"][-1] > 0.97
 
 
