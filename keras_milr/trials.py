@@ -283,10 +283,10 @@ def _check_start(row, labels):
             "The outputs of the model are not finite before any training. "
             "Check its weights and the inputs."
         )
-    kinds = [one.target.kind for one in labels]
+    kinds = {one.target.kind for one in labels}
     if not math.isnan(row.loss) or "continuous" in kinds:
         return
-    if "binary" in kinds:
+    if kinds == {"binary"}:
         raise ValueError(
             "The model's single output has values outside [0, 1], so 0.5 cannot be "
             "the threshold between the classes. If it is a logit, compile with "

@@ -295,13 +295,14 @@ def reference_level(
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
     little = known < part * there(r) and not r["searched"]
-    lucky = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
+    untrained = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
+    untrained = untrained or known <= negligible
     begins = 0 < r["step"] < 1
     if (
         r["step"] <= grow_steps
         and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
-        and (little or lucky or gain >= 0)
+        and (little or untrained or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):
@@ -343,7 +344,8 @@ def threshold_decay(
     sure = probabilities or change > 10 * r["noise"]
     soon = known < part * r["reference"] or r["information"] < 0.5 * there(r)
     little = known < part * there(r) and not r["searched"]
-    lucky = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
+    untrained = r["step"] <= 1 and r["previous"] < 0.5 * r["reference"]
+    untrained = untrained or known <= negligible
     planned = r["steps"] is not None
     left = max(r["steps"] - r["step"], 0) if planned else None
     begins = 0 < r["step"] < 1
@@ -353,7 +355,7 @@ def threshold_decay(
         and r["step"] <= grow_steps
         and r["rollbacks"] == r["restarts"]
         and r["rate"] >= r["peak_rate"]
-        and (little or lucky or gain >= 0)
+        and (little or untrained or gain >= 0)
         and (soon or not begins or r["rate"] > r["start_rate"])
         and r["information"] < grow_below * r["reference"]
     ):

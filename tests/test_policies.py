@@ -313,6 +313,20 @@ def test_what_an_untrained_network_knows_is_luck(policy):
 @pytest.mark.parametrize(
     "policy", [policies.ReferenceLevel(), policies.ThresholdDecay()]
 )
+def test_of_next_to_nothing_some_may_be_lost(policy):
+    """Of yes-or-no labels a network says the same for long, and nothing is attainable."""
+    start = {"step": 4, "steps": 30, "noise": 0.0, "previous": 0.03, "bound": 0.0}
+    nothing = make_reading(**start, information=0.02)
+    nothing = nothing._replace(attainable=np.array([0.0]))
+    assert policy(nothing) == 0.01
+    assert policy(nothing._replace(attainable=np.array([1.0]))) == pytest.approx(0.03)
+    some = make_reading(**start | {"bound": 0.3, "previous": 0.5}, information=0.3)
+    assert policy(some._replace(attainable=np.array([0.5]))) < 0.01
+
+
+@pytest.mark.parametrize(
+    "policy", [policies.ReferenceLevel(), policies.ThresholdDecay()]
+)
 def test_within_the_first_epoch_rates_only_rise(policy):
     early = {"step": 0.5, "steps": 6, "previous": 0.5, "information": 0.9}
     assert policy(make_reading(**early)) == pytest.approx(0.02)
