@@ -112,10 +112,10 @@ class Trial:
         """Test accuracy after training from the start."""
         for variable, value in self.start:
             variable.assign(value)
-        head = self.model.get_layer("head")
-        if self.new_head:
-            head.kernel.assign(head.kernel_initializer.clone()(head.kernel.shape))
         keras.utils.set_random_seed(seed)
+        head = self.model.get_layer("head")
+        if self.new_head:  # Drawn anew, by a seed of the global generator.
+            head.kernel.assign(head.kernel_initializer.clone()(head.kernel.shape))
         self.model.fit(
             *self.samples(seed),
             batch_size=self.arguments.batch_size,

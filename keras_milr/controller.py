@@ -287,7 +287,7 @@ class Controller:
         - `Way.UNDO`: the rates before the raise; but half of a rate that was never
           raised before, since that of the start has not shown to serve, and may be
           close below one that fails.
-        - `Way.RESTART`: 0.01 of the rates, where the policy raises what is too low; else
+        - `Way.RESTART`: 0.01 of the rates where the policy raises what is too low, else
           0.1. From now on they are at most a tenth of what has failed.
         - `Way.SECOND`: 0.3 of the rates, as of `CUT`. Half of them is kept for `FIRST`.
         - `Way.FIRST`: what `SECOND` has kept.

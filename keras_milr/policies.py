@@ -240,14 +240,15 @@ class _MissingShare(_Configured):
         # Nothing far above a rate that a range test found learns better.
         little = (known < share * there) & (not reading.searched)
         # What a network seems to know before it is trained is luck, and soon lost; and
-        # of next to nothing, some is lost before more is learned.
+        # of next to nothing, some is lost before more is learned. It goes to and fro
+        # while little is known.
         begins = (reading.step <= 1) & (reading.previous < 0.5 * reading.reference)
         begins |= known <= self._negligible(reading)
         may_grow = (
             (reading.step <= self.grow_steps)
             & (reading.rollbacks == reading.restarts)
             & (reading.rate >= reading.peak_rate)
-            & (little | begins | (gain >= 0))  # While little is known, it goes to and fro.
+            & (little | begins | (gain >= 0))
             & (reading.information < self.grow_below * reading.reference)
         )
         if self._within_first(reading):

@@ -314,7 +314,7 @@ def test_what_an_untrained_network_knows_is_luck(policy):
     "policy", [policies.ReferenceLevel(), policies.ThresholdDecay()]
 )
 def test_of_next_to_nothing_some_may_be_lost(policy):
-    """Of yes-or-no labels a network says the same for long, and nothing is attainable."""
+    """Of two classes one is said of all samples for long: nothing is attainable."""
     start = {"step": 4, "steps": 30, "noise": 0.0, "previous": 0.03, "bound": 0.0}
     nothing = make_reading(**start, information=0.02)
     nothing = nothing._replace(attainable=np.array([0.0]))

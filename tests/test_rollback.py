@@ -298,7 +298,7 @@ def test_no_mixture_of_weights(optimizer, digits):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_multipliers_that_others_have_set_stay(scaled, digits):
-    """Layers are frozen and set free epoch by epoch, which a roll back must not undo."""
+    """Layers are frozen and set free epoch by epoch, which no roll back undoes."""
     sgd = keras.optimizers.SGD(0.1, momentum=0.9)
     layerwise = keras_milr.LayerwiseOptimizer(sgd, {"dense": 0})
     optimizer = keras.optimizers.LossScaleOptimizer(layerwise) if scaled else layerwise
