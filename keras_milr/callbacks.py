@@ -720,8 +720,14 @@ class MutualInformationLR(keras.callbacks.Callback):
             return 0
         return getattr(self._policy, "early_readings", 0)
 
-    def _is_worse_than_at_the_start(self):
-        """Whether the cross-entropy is above that of the start, or not known."""
+    def _decides_nothing(self):
+        """Whether a reading within the first epoch is worse than that of the start.
+
+        The rate is not too low then. What else it does, the whole epoch will show, but
+        where it has killed the network that is sure.
+        """
+        if self._rollback is not None and self._rollback.is_dead(self._last[0]):
+            return False
         first = self.history[0]
         first = first.get("output", first)["cross_entropy"]
         return not self._last[0].cross_entropy <= first  # True for NaN.
@@ -743,11 +749,8 @@ class MutualInformationLR(keras.callbacks.Callback):
         reading = self._controller.read(infos, passed, apart)
         self._record(reading, infos)
         raised = self._controller.tries()
-        if passed is not None and not raised and self._is_worse_than_at_the_start():
-            # The rate is not too low. What else it does, a whole epoch will show, but
-            # that it has killed the network is sure now.
-            if self._rollback is None or not self._rollback.is_dead(self._last[0]):
-                return
+        if passed is not None and not raised and self._decides_nothing():
+            return
         if self.rollback:
             failure = self._failure(reading, infos, raised, logs)
             if failure is not None:

@@ -833,8 +833,8 @@ class TestSecondStart:
         keras.utils.set_random_seed(0)
         model = make_model(keras.optimizers.SGD(0.2, momentum=0.9))
         callback = keras_milr.MutualInformationLR(probe_data=digits)
+        fit = {"epochs": 12, "batch_size": 16, "verbose": 0}
         with pytest.warns(UserWarning, match="MutualInformationLR") as warned:
-            fit = {"epochs": 12, "batch_size": 16, "verbose": 0}
             model.fit(*digits, callbacks=[callback, Stop()], **fit)
         places = [re.search("are back at ([^.;]*)", str(w.message)) for w in warned]
         places = [place[1] for place in places if place]
