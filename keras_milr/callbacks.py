@@ -245,7 +245,7 @@ class MutualInformationLR(keras.callbacks.Callback):
             just undone; but half of the rate of the start is taken, if the raise was
             from there. Where less than half was known of what seems attainable, it goes
             on from the start, at a tenth of the rates, and never above that; at 0.01 of
-            them under a policy that raises rates.
+            them under a policy that raises rates, or 0.03 if it has just done so.
 
             Under a policy that raises rates, the rate of the start may be too high
             itself, unless a range test found it, and what it has done to the weights

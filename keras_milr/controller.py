@@ -287,8 +287,9 @@ class Controller:
         - `Way.UNDO`: the rates before the raise; but half of a rate that was never
           raised before, since that of the start has not shown to serve, and may be
           close below one that fails.
-        - `Way.RESTART`: 0.01 of the rates where the policy raises what is too low, else
-          0.1. From now on they are at most a tenth of what has failed.
+        - `Way.RESTART`: where the policy raises what is too low, 0.01 of the rates, but
+          0.03 if they were raised or found by a range test, since something near them
+          has served; else 0.1. From now on they are at most a tenth of what has failed.
         - `Way.SECOND`: 0.3 of the rates, as of `CUT`. Half of them is kept for `FIRST`.
         - `Way.FIRST`: what `SECOND` has kept.
 
@@ -315,8 +316,10 @@ class Controller:
         elif way is Way.CUT:
             rates = 0.3 * before
         else:
+            served = self._searched or self._before is not None
+            low = 0.03 if served else 0.01
+            rates = reading.rate * (low if self.explores() else 0.1)
             self._highest = 0.1 * reading.rate
-            rates = 0.01 * reading.rate if self.explores() else self._highest
             self._restarts += 1
         rates = self._clipped(rates)
         self._before = None

@@ -383,16 +383,27 @@ class TestWaysBack:
         control.act(control.read(self.INFOS))
         assert not control.is_at_start(control.read(self.INFOS))
 
-    def test_a_restart_stays_below_a_tenth_of_what_failed(self):
-        control, reading, _ = self.control()
+    @pytest.mark.parametrize(
+        ("factor", "searched", "rates"),
+        [
+            (1.0, False, [0.0001, 0.0002, 0.0004, 0.0008, 0.001, 0.001]),
+            (1.0, True, [0.0003, 0.0006, 0.001, 0.001]),  # A range test served.
+            (2.0, False, [0.0006, 0.0012, 0.002, 0.002]),  # A lower rate did.
+        ],
+    )
+    def test_a_restart_stays_below_a_tenth_of_what_failed(
+        self, factor, searched, rates
+    ):
+        control, reading, _ = self.control(factor)
+        control._searched = searched
         control._policy.undoes_raises = True  # It raises rates to see what comes.
         control.roll_back(self.INFOS, reading, Way.RESTART)
-        np.testing.assert_allclose(control.rates.get(), 0.0002, rtol=1e-6)
-        resumed = controller(control.rates, control._policy, state=control.state())
-        for expected in (0.0004, 0.0008, 0.0016, 0.002, 0.002):
+        np.testing.assert_allclose(control.rates.get(), rates[0], rtol=1e-6)
+        resumed = controller(control.rates, lambda r: 2 * r.rate, state=control.state())
+        for expected in rates[1:]:
             reading = resumed.read(self.INFOS)
             assert (reading.rollbacks, reading.restarts) == (1, 1)
-            np.testing.assert_allclose(reading.start_rate, 0.0002, rtol=1e-6)
+            np.testing.assert_allclose(reading.start_rate, rates[0], rtol=1e-6)
             resumed.act(reading)
             np.testing.assert_allclose(resumed.rates.get(), expected, rtol=1e-6)
 
