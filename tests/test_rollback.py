@@ -237,6 +237,11 @@ def test_outputs_of_the_sample_before():
         weight = np.where(np.arange(8) == 6, 0.5, 1.0)[rows].astype("float32")
         state = readout.update(state, p[rows], y[rows], weight)
     assert readout.finish(state).repeated == pytest.approx(1.5 / 7.5)
+    # Of a rare class most samples are easy: nobody doubts them.
+    p = np.full((8, 1), 1e-7, "float32")
+    p[3:6] = 0.2
+    assert readout.measure(p, y > 1, 2).repeated == pytest.approx(2 / 8)
+    assert readout.measure(np.eye(3)[[0] * 8], y, 3).repeated == 0
 
 
 def test_what_it_is_judged_by(digits):

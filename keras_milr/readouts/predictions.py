@@ -284,10 +284,16 @@ class Predictions:
 
 
 def repeated(outputs, sample_weight):
-    """Weight of the rows that have the outputs of the row before, within 1e-6."""
+    """Weight of the rows that have the outputs of the row before, within 1e-6.
+
+    Rows of zeros and ones do not count: of samples that a network is sure of, such as
+    the easy ones of a frequent class, it says the same.
+    """
     ops = keras.ops
     step = ops.max(ops.abs(outputs - ops.roll(outputs, 1, axis=0)), axis=-1)
-    same = (step < 1e-6) & (ops.arange(ops.shape(outputs)[0], dtype="int32") > 0)
+    doubt = ops.minimum(ops.abs(outputs), ops.abs(1.0 - outputs))
+    same = (step < 1e-6) & (ops.max(doubt, axis=-1) > 1e-5)
+    same &= ops.arange(ops.shape(outputs)[0], dtype="int32") > 0
     return ops.sum(ops.where(same, sample_weight, 0.0))
 
 

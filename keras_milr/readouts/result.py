@@ -30,7 +30,8 @@ class Information(NamedTuple):
             probabilities; at 0 the outputs do not depend on the input. NaN where it was
             not measured.
         repeated: Share of the samples whose outputs are those of the sample before, of
-            the same batch, within 1e-6. NaN where it was not measured.
+            the same batch, within 1e-6, and not all zeros and ones: of these a network
+            is sure. NaN where it was not measured.
         attainable: What would be known if every class were predicted as surely as the
             surest, at most `entropy`: most of what is to be learned where labels are
             noisy. An estimate from above, see `readouts.attainable`. NaN where it was
