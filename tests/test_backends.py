@@ -206,7 +206,7 @@ def test_a_roll_back_within_an_epoch(digits):
     with pytest.warns(UserWarning, match="are back at the"):
         fit(model, digits, [Poison(3), callback], number=6)
     # To the start, since little was known, and on with the batches that were left.
-    twin.optimizer.learning_rate = 0.003
+    twin.optimizer.learning_rate = 0.01
     for x, y in batches(digits, 6)[4:]:
         twin.train_on_batch(x, y)
     twin.optimizer.iterations.assign(model.optimizer.iterations)
