@@ -485,15 +485,11 @@ class MutualInformationLR(keras.callbacks.Callback):
             logs[f"probe_mutual_information/{name}"] = info.value
 
     def on_train_end(self, logs=None):
+        failure = self._rollback and self._rollback.unfinished()
+        if failure:
+            self._roll_back(failure)
         if self._controller is not None:
             self._controller.end()
-        unlearned = self._rollback and self._rollback.end()
-        if unlearned:
-            warnings.warn(
-                f"MutualInformationLR: {unlearned}. Weights and optimizer are back at "
-                "what that had learned.",
-                stacklevel=2,
-            )
         self._state.end()
         self._probe = self._table = self._rollback = None  # Frees their memory.
 
@@ -754,7 +750,7 @@ class MutualInformationLR(keras.callbacks.Callback):
         if self.rollback:
             failure = self._failure(reading, infos, raised, logs)
             if failure is not None:
-                self._roll_back(reading, failure)
+                self._roll_back(failure)
                 return
         new = self._controller.act(reading)
         self._overruled.set(None if new is None else rates.base_rate(self.model))
@@ -802,13 +798,13 @@ class MutualInformationLR(keras.callbacks.Callback):
             f"learning {what}."
         )
 
-    def _roll_back(self, reading, failure):
+    def _roll_back(self, failure):
         """Goes back to earlier weights, at lower rates, and warns of it."""
-        base = rates.base_rate(self.model)
+        base, failed = self._rates_now(self.model)
         infos, way, place = self._rollback.restore()
         self._failed = True
         with self._rates.keeping_base(base):
-            new = self._controller.roll_back(infos, reading, way)
+            new = self._controller.roll_back(infos, failed, way)
         what = f"learning rate {new.max():.4g}"
         if self._rollback.count >= MOST:
             self.model.stop_training = True

@@ -280,7 +280,7 @@ class Controller:
         if getattr(self._policy, "anneals", False):
             self.rates.set_own(np.maximum(self.rates.own(), self._own_peak))
 
-    def roll_back(self, infos, reading, way: Way) -> np.ndarray:
+    def roll_back(self, infos, failed, way: Way) -> np.ndarray:
         """Lowers the rates after a training has failed, sets them and returns them.
 
         - `Way.CUT`: 0.3 of the rates; after a raise, of those before it.
@@ -298,14 +298,14 @@ class Controller:
 
         Args:
             infos: What was read of these weights, an `Information` for each rate.
-            reading: The reading of the failure.
+            failed: The rates at the failure.
             way: How the training goes on.
         """
         self._rollbacks += 1
-        before = after = reading.rate
+        before = after = failed
         if self._before is not None:
             before = np.minimum(before, self._before)
-            at_start = (reading.rate > before) & (before <= self._start)
+            at_start = (failed > before) & (before <= self._start)
             after = before * np.where(at_start, 0.5, 1.0)
         if way is Way.FIRST:
             rates, self._other = self._other, None
@@ -318,8 +318,8 @@ class Controller:
         else:
             served = self._searched or self._before is not None
             low = 0.03 if served else 0.01
-            rates = reading.rate * (low if self.explores() else 0.1)
-            self._highest = 0.1 * reading.rate
+            rates = failed * (low if self.explores() else 0.1)
+            self._highest = 0.1 * failed
             self._restarts += 1
         rates = self._clipped(rates)
         self._before = None

@@ -303,7 +303,9 @@ class ReferenceLevel(_MissingShare):
          known, rate × 3. That is H(Y) − CE less than a quarter of what seems
          `attainable` or, where there are no probabilities, I less than a tenth of it.
          It holds also if the information falls, since counts go to and fro then; but
-         not where a range test found the start.
+         not where a range test found the start. Otherwise a fall ends all this, except
+         at first: from what the network knew by luck before it was trained, or while
+         next to nothing is known.
 
        Within the first epoch the rate is not raised for the first time once half is
        reached of what seems attainable, unless H(Y) − CE is less than a quarter of the

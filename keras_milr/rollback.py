@@ -83,7 +83,7 @@ class Rollback:
         self._other = self._other_best = None
         self._other_age = 0.0
         self._second = None  # Its weights at the latest reading, or at the start.
-        self._tried = False  # Whether there was a second start; if so, no further one.
+        self._tried = False  # Whether a second start was made, and did not do better.
         self.count = 0  # How often the training was rolled back.
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -140,11 +140,11 @@ class Rollback:
             at_start: Whether the policy explores from a rate that may be too high.
             again: Whether a second start may be made.
         """
-        if self._usual_loss:
-            known = self._best, self._first, self._even, self._learned
-            failure = collapse(output, *known)
-        else:
-            failure = death(output, self._first)
+        failure = (
+            collapse(output, self._best, self._first, self._even, self._learned)
+            if self._usual_loss
+            else death(output, self._first)
+        )
         if failure is not None:
             # What little was learned otherwise is given up anyway.
             self._again = again and self._half_is_known()
@@ -330,14 +330,11 @@ class Rollback:
         self._now = infos
         return infos, way, place
 
-    def end(self) -> str | None:
-        """Ends a second start that could not be judged, as by `EarlyStopping`.
+    def unfinished(self) -> str | None:
+        """What a second start lacks that the end of the training cuts short; else None.
 
-        Where it knows less than the first one, weights and optimizer are set back to
-        what that had learned, unless somebody else has set the weights meanwhile.
-
-        Returns:
-            What was wrong, in words, if they are set back; else None.
+        As that of `EarlyStopping` may. It lacks nothing where it knows as much as the
+        first one, or where somebody else has set the weights meanwhile.
         """
         if self._other is None or self._second is None:
             return None
@@ -346,7 +343,6 @@ class Rollback:
         present = zip(self._values()[:weights], self._second, strict=False)
         if now >= known or not all(np.array_equal(*pair) for pair in present):
             return None
-        self.restore()
         return (
             f"the training ended when a second start had learned {now:.4g} nats of the "
             f"{known:.4g} of the first"

@@ -299,7 +299,7 @@ def test_a_policy_that_tries_rates_says_so(undoes):
     assert not control.tries()
     reading = resumed.read(infos)
     assert control.state()["before"] is None
-    resumed.roll_back(infos, reading, Way.UNDO)
+    resumed.roll_back(infos, reading.rate, Way.UNDO)
     np.testing.assert_allclose(resumed.rates.get(), 0.035)  # Half of the start's.
     assert not resumed.tries()
     # Rounded to float32, the rate is still the highest so far.
@@ -360,7 +360,7 @@ class TestWaysBack:
     def test_a_second_start_and_back_to_the_first(self):
         control, reading, at_start = self.control()
         assert at_start
-        control.roll_back(self.INFOS, reading, Way.SECOND)
+        control.roll_back(self.INFOS, reading.rate, Way.SECOND)
         np.testing.assert_allclose(control.rates.get(), 0.003, rtol=1e-6)
         state = json.loads(json.dumps(control.state(), default=np.ndarray.tolist))
         resumed = controller(control.rates, control._policy, state=state)
@@ -368,7 +368,7 @@ class TestWaysBack:
             control.rates.set(np.array([0.003]))
             reading = one.read(self.INFOS)
             assert (reading.rollbacks, reading.restarts) == (1, 0)
-            one.roll_back(self.INFOS, reading, Way.FIRST)
+            one.roll_back(self.INFOS, reading.rate, Way.FIRST)
             np.testing.assert_allclose(control.rates.get(), 0.005, rtol=1e-6)
             assert one.state()["other"] is None
 
@@ -397,7 +397,7 @@ class TestWaysBack:
         control, reading, _ = self.control(factor)
         control._searched = searched
         control._policy.undoes_raises = True  # It raises rates to see what comes.
-        control.roll_back(self.INFOS, reading, Way.RESTART)
+        control.roll_back(self.INFOS, reading.rate, Way.RESTART)
         np.testing.assert_allclose(control.rates.get(), rates[0], rtol=1e-6)
         resumed = controller(control.rates, lambda r: 2 * r.rate, state=control.state())
         for expected in rates[1:]:
@@ -410,7 +410,7 @@ class TestWaysBack:
     def test_a_restart_of_a_policy_that_raises_nothing(self):
         rates = NetworkRate(make_model("sgd"))
         control = controller(rates, lambda reading: 5 * reading.rate)
-        control.roll_back(self.INFOS, control.read(self.INFOS), Way.RESTART)
+        control.roll_back(self.INFOS, control.read(self.INFOS).rate, Way.RESTART)
         for _ in range(2):
             np.testing.assert_allclose(rates.get(), 0.001, rtol=1e-6)
             act(control, 1)
@@ -418,7 +418,7 @@ class TestWaysBack:
     def test_a_restart_respects_the_lower_bound(self):
         rates = NetworkRate(make_model("sgd"))
         control = controller(rates, lambda r: r.rate, min_lr=0.005)
-        control.roll_back(self.INFOS, control.read(self.INFOS), Way.RESTART)
+        control.roll_back(self.INFOS, control.read(self.INFOS).rate, Way.RESTART)
         np.testing.assert_allclose(rates.get(), 0.005, rtol=1e-6)
 
 
@@ -430,5 +430,5 @@ def test_only_a_layer_that_was_raised_from_its_start_comes_back_at_a_half():
     act(control, 2)
     np.testing.assert_allclose(rates.get(), [0.02, 0.04, 0.01], rtol=1e-6)
     infos = [Information(1.0, 1.0, 2.0, 0.0, 0.01)] * 3
-    control.roll_back(infos, control.read(infos), Way.UNDO)
+    control.roll_back(infos, control.read(infos).rate, Way.UNDO)
     np.testing.assert_allclose(rates.get(), [0.005, 0.02, 0.01], rtol=1e-6)

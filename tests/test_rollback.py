@@ -821,12 +821,14 @@ class TestSecondStart:
             if not back:
                 self.set(7)
                 assert self.judge(guard, info(known, H - known), 2.5) is None
-            assert bool(guard.end()) == back
+            assert bool(guard.unfinished()) == back
+            if back:
+                self.check(guard.restore(), self.KNOWN, Way.FIRST)
             assert self.weights() == (1 if back else 7)
-            assert guard.end() is None
+            assert guard.unfinished() is None
         guard = self.guard()
         self.set(8)
-        assert guard.end() is None
+        assert guard.unfinished() is None
         assert self.weights() == 8
 
     def test_ended_by_early_stopping(self, digits):
@@ -844,7 +846,9 @@ class TestSecondStart:
         places = [re.search("are back at ([^.;]*)", str(w.message)) for w in warned]
         places = [place[1] for place in places if place]
         second = "the start, to try a lower rate for as long"
-        assert places == [second, "what that had learned"]
+        assert places == [second, "what the first start had learned"]
+        # Half of the rate of the first start, whose weights these are.
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
         assert model.evaluate(*digits, verbose=0)[1] > 0.5
 
     def test_in_training(self, digits):
